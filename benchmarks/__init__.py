@@ -1,0 +1,1 @@
+"""Commands behind every figure of the documentation."""

@@ -1,0 +1,42 @@
+"""Layers that several families share: convolutions and norms on channels-last maps, padding at the bottom and right."""
+
+import torch
+from timm.models import register_notrace_function, register_notrace_module
+from torch import nn
+from torch.nn import functional as F
+
+__all__ = ['BatchNorm', 'PaddedConv2d', 'apply_nchw', 'pad_bottom_right']
+
+
+def apply_nchw(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run a module for (B, C, H, W) maps on a (B, H, W, C) map, without copies where it keeps channels last."""
+    return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_notrace_function
+def pad_bottom_right(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Append zero rows and columns to a (B, H, W, C) map up to height x width, if it has fewer."""
+    rows, columns = max(0, height - x.shape[1]), max(0, width - x.shape[2])
+    return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
+
+
+@register_notrace_function
+def pad_to_stride(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
+    """Append zero rows and columns to a (B, C, H, W) map until the stride divides its sides."""
+    rows, columns = -x.shape[2] % stride[0], -x.shape[3] % stride[1]
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+class PaddedConv2d(nn.Conv2d):
+    """A convolution into patches of its stride that loses no row or column: n -> ceil(n / stride)."""
+
+    def forward(self, x):
+        return super().forward(pad_to_stride(x, self.stride))
+
+
+@register_notrace_module
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d of (B, H, W, C) maps."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -1,0 +1,224 @@
+"""The pyramid: timm's whole contract for hierarchical backbones, written once. A family brings blocks and downsamplers.
+
+    images (B, in_chans, H, W)
+      -> stages.0 ... stages.n: [downsample, blocks, norm]   each a level of the feature pyramid
+      -> norm -> head (pooling, dropout, classifier)
+
+Every level has ceil(H / reduction) x ceil(W / reduction) pixels, whatever the image's size.
+"""
+
+import torch
+from timm.layers import ClassifierHead, Format, get_device_dtype, nchw_to, nhwc_to
+from timm.models import checkpoint_seq, register_notrace_function
+from timm.models._features import feature_take_indices
+from torch import nn
+
+from .checkpoints import rename
+
+__all__ = ['Pyramid', 'Stage']
+
+MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
+
+
+@register_notrace_function
+def check_images(x: torch.Tensor, in_chans: int, min_size: int = MIN_SIZE) -> None:
+    """ValueError unless x is (batch, in_chans, height, width) with sides of at least min_size."""
+    if x.dim() != 4 or x.shape[1] != in_chans:
+        raise ValueError(f'Expected images (batch, {in_chans}, height, width), got shape {list(x.shape)}.')
+    if x.shape[2] < min_size or x.shape[3] < min_size:
+        raise ValueError(f'Expected images of at least {min_size}x{min_size}, got {x.shape[2]}x{x.shape[3]}.')
+
+
+class Stage(nn.Module):
+    """One level of a pyramid: downsample, blocks, norm."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module], norm: nn.Module | None = None):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm or nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x):
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+
+class Pyramid(nn.Module):
+    """Base of the hierarchical backbones.
+
+    A subclass calls `super().__init__`, then `add_stage` once a level, then `finish`. It names `first_conv` (the module
+    that sees the image), sets `output_fmt` to the layout inside its stages, and maps its authors' checkpoints with
+    `official_keys` or, where tensors change too, `map_official`.
+
+    Attributes that timm reads: `num_classes`, `in_chans`, `num_features` (channels of `forward_features`),
+    `head_hidden_size` (width before the classifier), `feature_info`, `output_fmt`, `drop_rate`, `grad_checkpointing`.
+    """
+
+    output_fmt = 'NCHW'  # layout of the maps inside and after the stages: 'NCHW' or 'NHWC'
+    first_conv: str
+    classifier_name = 'head.fc'
+    official_keys: list[tuple] = []  # (pattern, replacement) of re.sub, from the authors' keys to ours
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info = []
+        self.stages = nn.Sequential()
+        self._head_args = {'pool_type': global_pool, 'drop_rate': drop_rate, 'device': device, 'dtype': dtype}
+
+    def add_stage(self, downsample, blocks, num_chs: int, stride: int, norm=None) -> None:
+        """Append a level of `num_chs` channels, `stride` times smaller than the level (or the image) before it."""
+        reduction = stride * (self.feature_info[-1]['reduction'] if self.feature_info else 1)
+        self.feature_info.append(
+            {'num_chs': num_chs, 'reduction': reduction, 'module': f'stages.{len(self.stages)}'},
+        )
+        self.stages.append(Stage(downsample, blocks, norm))
+
+    def finish(self, norm: nn.Module | None = None) -> None:
+        """Close the pyramid with its final norm and the classifier, and initialise the weights."""
+        self.norm = norm or nn.Identity()
+        self.num_features = self.feature_info[-1]['num_chs']
+        self.head = ClassifierHead(
+            self.num_features, self.num_classes, input_fmt=self.output_fmt, **self.__dict__.pop('_head_args')
+        )
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise as the authors do. `needs_reset` also fills what only constructors set, as after `to_empty()`."""
+        if needs_reset:
+            for module in self.modules():
+                if hasattr(module, 'reset_parameters'):
+                    module.reset_parameters()
+        self.apply(self.init_module)
+
+    @staticmethod
+    def init_module(module: nn.Module) -> None:
+        """The family's initialisation of one module; by default truncated normal (std 0.02) linears."""
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def map_official(self, state_dict) -> dict[str, torch.Tensor]:
+        """The authors' state dict under our keys; ours passes through."""
+        return rename(state_dict, (*self.official_keys, (r'^head\.(weight|bias)$', r'head.fc.\1')))
+
+    def forward_features(self, x):
+        """The last level, normed and unpooled, in `output_fmt`."""
+        check_images(x, self.in_chans)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x, pre_logits: bool = False):
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x):
+        """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x,
+        indices=None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ):
+        """The maps that the chosen levels end with, and the final features.
+
+        Args:
+            x: images (batch, in_chans, height, width).
+            indices: levels to return: a list (negatives count from the end), the last n if an int, all if None.
+            norm: apply the final norm to the last level's map.
+            stop_early: don't compute the levels after the last chosen one.
+            output_fmt: 'NCHW' or 'NHWC', the layout of the returned maps.
+            intermediates_only: return the list of maps alone.
+        """
+        assert output_fmt in ('NCHW', 'NHWC'), f'output_fmt must be NCHW or NHWC, got {output_fmt}.'
+        take, last = feature_take_indices(len(self.stages), indices)
+        check_images(x, self.in_chans)
+        maps = []
+        stages = self.stages[: last + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            is_final = i == len(self.stages) - 1
+            if i in take:
+                maps.append(self._to_fmt(self.norm(x) if norm and is_final else x, output_fmt))
+            if is_final and not intermediates_only:
+                x = self.norm(x)
+        return maps if intermediates_only else (x, maps)
+
+    def _to_fmt(self, x, fmt: str):
+        if fmt == self.output_fmt:
+            return x
+        x = nchw_to(x, Format.NHWC) if fmt == 'NHWC' else nhwc_to(x, Format.NCHW)
+        return x.contiguous()
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drop what the chosen levels don't need; returns their indices."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        is_cut = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if prune_norm or is_cut:
+            self.norm = nn.Identity()
+        if is_cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
+        if prune_head or is_cut:
+            self.reset_classifier(0, '')
+        return take
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier (none if 0), by default with the pooling there is."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for layer-wise learning-rate decay: a block each, downsamplers with the block after, norms before."""
+        if coarse:
+            return {'stem': r'^stages\.0\.downsample', 'blocks': [(r'^stages\.(\d+)', None), (r'^norm', (99999,))]}
+        return {
+            'stem': r'^stages\.0\.downsample',
+            'blocks': [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.norm', (99999,)),
+                (r'^norm', (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that no weight decay applies to, beyond biases and vectors, which timm exempts itself."""
+        return set()

@@ -1,0 +1,162 @@
+"""VAN: Visual Attention Network (arXiv 2202.09741).
+
+Convolutions stand in for attention: a map is gated by a large-kernel convolution of itself, decomposed into a
+depthwise, a dilated depthwise and a pointwise one.
+
+Original code: Visual-Attention-Network/VAN-Classification (Apache-2.0).
+"""
+
+import math
+
+from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from torch import nn
+
+from .checkpoints import checkpoint_filter_fn
+from .pyramid import Pyramid
+from .registration import variants
+
+__all__ = ['VAN', 'checkpoint_filter_fn']
+
+LAYER_SCALE = 1e-2  # section 3.3: initial value of the layer scales
+
+
+class LargeKernelAttention(nn.Module):
+    """Gate a map by a 5x5, a dilated 7x7 and a 1x1 convolution of itself (section 3.2). (B, C, H, W) -> same."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
+        self.conv_spatial = nn.Conv2d(dim, dim, 7, padding=9, groups=dim, dilation=3, **dd)
+        self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x):
+        return x * self.conv1(self.conv_spatial(self.conv0(x)))
+
+
+class Attention(nn.Module):
+    """Large-kernel attention between two pointwise convolutions, with a shortcut of its own. (B, C, H, W) -> same."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.proj_1 = nn.Conv2d(dim, dim, 1, **dd)
+        self.act = nn.GELU()
+        self.spatial_gating_unit = LargeKernelAttention(dim, **dd)
+        self.proj_2 = nn.Conv2d(dim, dim, 1, **dd)
+
+    def forward(self, x):
+        return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
+
+
+class ConvMlp(nn.Module):
+    """Pointwise expansion, depthwise 3x3, GELU, pointwise projection. (B, C, H, W) -> same."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1, **dd)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.dwconv(self.fc1(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = nn.BatchNorm2d(dim, **dd)
+        self.attn = Attention(dim, **dd)
+        self.ls1 = LayerScale2d(dim, LAYER_SCALE, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
+        self.ls2 = LayerScale2d(dim, LAYER_SCALE, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a strided convolution and a norm. (B, in, H, W) -> (B, out, ceil(H/s), ceil(W/s))."""
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x):
+        return self.norm(self.proj(x))
+
+
+class VAN(Pyramid):
+    """Visual Attention Network.
+
+    Args:
+        dims, depths, mlp_ratios: channels, blocks and expansion of each stage.
+        drop_path_rate: stochastic depth, rising linearly over all blocks.
+        in_chans, num_classes, global_pool, drop_rate, device, dtype: as timm's models.
+    """
+
+    first_conv = 'stages.0.downsample.proj'
+    official_keys = [
+        (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
+        (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
+        (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
+        (r'\.layer_scale_(\d)$', r'.ls\1.gamma'),
+        (r'\.dwconv\.dwconv\.', '.dwconv.'),
+    ]
+
+    def __init__(
+        self,
+        dims=(64, 128, 320, 512),
+        depths=(3, 3, 12, 3),
+        mlp_ratios=(8, 8, 4, 4),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans, num_classes, global_pool, drop_rate, device, dtype)
+        dd = {'device': device, 'dtype': dtype}
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        for i, dim in enumerate(dims):
+            stride = 2 if i else 4
+            self.add_stage(
+                PatchEmbed(dims[i - 1] if i else in_chans, dim, 3 if i else 7, stride, **dd),
+                [Block(dim, mlp_ratios[i], rate, **dd) for rate in rates[i]],
+                num_chs=dim,
+                stride=stride,
+                norm=LayerNorm2d(dim, eps=1e-6, **dd),
+            )
+        self.finish()
+
+    @staticmethod
+    def init_module(module):
+        """Convolutions normal with variance 2 / fan-out, fan-out counted per group; linears as every family's."""
+        if isinstance(module, nn.Conv2d):
+            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            nn.init.zeros_(module.bias)
+        else:
+            Pyramid.init_module(module)
+
+
+variants(
+    VAN,
+    van_b0=dict(dims=(32, 64, 160, 256), depths=(3, 3, 5, 2)),
+    van_b1=dict(dims=(64, 128, 320, 512), depths=(2, 2, 4, 2)),
+    van_b2=dict(dims=(64, 128, 320, 512), depths=(3, 3, 12, 3)),
+    van_b3=dict(dims=(64, 128, 320, 512), depths=(3, 5, 27, 3)),
+    van_b4=dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3)),
+    van_b5=dict(dims=(96, 192, 480, 768), depths=(3, 3, 24, 3)),
+    van_b6=dict(dims=(96, 192, 384, 768), depths=(6, 6, 90, 6)),
+)

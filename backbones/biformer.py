@@ -23,6 +23,20 @@ GLOBAL_HEADS = 8  # of the last stage, whatever its width: the official block pa
 GLOBAL = -2  # the top-k that stands for attention over the whole map
 
 
+def region_means(x, size):
+    """Mean pixel of each region of size (height, width), of what there is in those at the border.
+
+    (B, H, W, C) -> (B, ceil(H / height), ceil(W / width), C)
+    """
+    (_, H, W, _), (height, width) = x.shape, size
+    rows, columns = -(-H // height), -(-W // width)
+    x = pad_bottom_right(x, rows * height, columns * width)
+    sums = x.unflatten(2, (columns, width)).unflatten(1, (rows, height)).sum((2, 4))
+    tall = (H - height * torch.arange(rows, device=x.device)).clamp(max=height)  # rows of pixels in a row of regions
+    wide = (W - width * torch.arange(columns, device=x.device)).clamp(max=width)
+    return sums / (tall[:, None] * wide)[..., None].to(x.dtype)
+
+
 @register_notrace_module
 class BiLevelRoutingAttention(nn.Module):
     """Attention of each region over the `topk` regions it is routed to (section 3.2). (B, H, W, C) -> same.
@@ -83,10 +97,9 @@ class BiLevelRoutingAttention(nn.Module):
         Returns:
             (B, regions, topk) indices, and a region's (height, width) in pixels. Regions are counted row by row.
         """
-        size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
+        size = (torch.sym_max(1, x.shape[1] // self.n_win), torch.sym_max(1, x.shape[2] // self.n_win))
         # The mean of a region's queries is the query of its mean pixel.
-        means = F.avg_pool2d(x.permute(0, 3, 1, 2), size, ceil_mode=True).flatten(2).mT  # (B, regions, C)
-        q, k, _ = self.qkv(means).chunk(3, dim=-1)
+        q, k, _ = self.qkv(region_means(x, size).flatten(1, 2)).chunk(3, dim=-1)  # (B, regions, C)
         affinity = (q * self.scale) @ k.mT
         return affinity.topk(min(self.topk, affinity.shape[-1]), dim=-1).indices, size
 

@@ -1,0 +1,47 @@
+# Both commands work from a bare clone with nothing but Python 3.10 to 3.13 and make, and can be run again.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: help quickstart test test-all test-gpu lint bench clean
+
+help:
+	@echo "make quickstart   train a BiFormer on real digits, with pictures (about 5 minutes)"
+	@echo "make test         lint, and every quick test"
+	@echo "make test-all     also the slow tests: timm's own tests on every variant"
+	@echo "make bench        the benchmarks behind the documentation's figures"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 10) <= v < (3, 14) else f"zoo needs Python 3.10 to 3.13, this is {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[test]'
+	@touch $@
+
+quickstart: $(VENV)/.quickstart
+	$(RUN) -m zoo.train.quickstart
+
+lint: $(VENV)/.test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+test: lint
+	$(RUN) -m pytest -q -m 'not slow and not gpu'
+
+test-all: lint
+	$(RUN) -m pytest -q -m 'not gpu'
+
+test-gpu: $(VENV)/.test
+	$(RUN) -m pytest -q -m gpu
+
+bench: $(VENV)/.test
+	$(RUN) -m benchmarks.kernels
+	$(RUN) -m benchmarks.models biformer_tiny nat_mini dinat_tiny van_b0 van_b2
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

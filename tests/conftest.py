@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+import zoo  # noqa: F401 -- registers the models
+
+# One variant of each family, the smallest; stl_nchw for BiFormer's other layout.
+SMALLEST = ('biformer_tiny', 'biformer_stl_nchw', 'van_b0', 'nat_mini', 'dinat_mini', 'dinat_s_tiny')
+
+# Arguments that keep a family's structure in a model small enough for a quick test.
+TINY = {
+    'biformer_tiny': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
+    'biformer_stl': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
+    'biformer_stl_nchw': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
+    'van_b0': dict(dims=(16, 32, 32, 48), depths=(1, 1, 2, 1)),
+    'nat_mini': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    'dinat_mini': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    'dinat_s_tiny': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors are fastest on one thread, and tests run beside each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny(name: str, **kwargs):
+    """A small model of the family of variant `name`."""
+    import timm
+
+    return timm.create_model(name, **{**TINY[name], **kwargs})

@@ -1,0 +1,51 @@
+"""Models are whole graphs: for torch.compile, for torch.export with free batch and size, for the meta device."""
+
+import pytest
+import torch
+from conftest import TINY, tiny
+from torch.export import Dim
+
+# biformer_stl_nchw's number of regions depends on the size, and with it the graph.
+FREE_SIZE = [name for name in TINY if name != 'biformer_stl_nchw']
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_compiles_without_a_graph_break_forward_and_backward(name):
+    model = tiny(name, dtype=torch.float64, drop_path_rate=0.0)
+    model.eval()  # BatchNorm's batch statistics of one pixel would amplify rounding
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    want = model(x)
+    want.sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    for p, grad in zip(model.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', FREE_SIZE)
+def test_exports_with_free_batch_and_size(name):
+    model = tiny(name, dtype=torch.float64).eval()
+    sizes = {0: Dim('batch', min=1, max=64), 2: Dim('height', min=32, max=2048), 3: Dim('width', min=32, max=2048)}
+    example = torch.randn(2, 3, 96, 128, dtype=torch.float64)
+    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+    for shape in ((1, 3, 64, 65), (3, 3, 250, 33), (2, 3, 224, 224)):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_exports_with_free_batch_where_the_size_shapes_the_graph():
+    model = tiny('biformer_stl_nchw', dtype=torch.float64).eval()
+    example = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim('batch', min=1, max=64)},))
+    x = torch.randn(3, 3, 64, 96, dtype=torch.float64)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', TINY)
+def test_runs_on_the_meta_device(name):
+    model = tiny(name, device='meta', features_only=True)
+    assert [y.shape[2:] for y in model(torch.empty(2, 3, 65, 96, device='meta'))] == [(17, 24), (9, 12), (5, 6), (3, 3)]

@@ -1,0 +1,56 @@
+"""Every record of what the authors' code computed is reproduced."""
+
+import parity_rule as rule
+import pytest
+import timm
+import torch
+from zoo.backbones import catalogue
+
+TOLERANCE = 1e-9  # relative, float64: rounding in another order gives 1e-13; records keep 10 digits
+
+
+def relative_error(x, summary, n):
+    want = torch.tensor(summary['samples'], dtype=torch.float64)
+    return ((rule.samples(x, n) - want).norm() / want.norm()).item()
+
+
+@pytest.mark.parametrize('name', rule.record_names())
+def test_logits_and_stages_equal_the_official_ones(name, tmp_path):
+    record = rule.load_record(name)
+    state_dict = rule.checkpoint(record)
+    wrapper = record['facts'].get('ckpt_wrapper')
+    is_wrapped = wrapper in ('model', 'state_dict')
+    path = tmp_path / 'official.pth'
+    torch.save({wrapper: state_dict} if is_wrapped else state_dict, path)
+    model = timm.create_model(
+        record['name'],
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(path)),
+        dtype=torch.float64,
+        **record.get('name_kwargs', {}),
+    ).eval()
+    with torch.inference_mode():
+        features, maps = model.forward_intermediates(rule.image(record['size']))
+        logits = model.forward_head(features)
+
+    assert list(logits.shape) == record['logits']['shape']
+    assert relative_error(logits, record['logits'], 64) < TOLERANCE
+    assert logits.norm().item() == pytest.approx(record['logits']['norm'], rel=TOLERANCE)
+    for x, stage in zip(maps, record['stages'], strict=True):
+        if len(stage['shape']) == 3:  # (B, tokens, C)
+            x = x.flatten(2).mT
+        elif list(x.shape) != stage['shape']:  # (B, H, W, C)
+            x = x.permute(0, 2, 3, 1)
+        assert list(x.shape) == stage['shape']
+        assert relative_error(x, stage, 16) < TOLERANCE
+        assert x.norm().item() == pytest.approx(stage['norm'], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize('name', catalogue.variant_names())
+def test_parameters_are_those_of_the_official_model(name):
+    model = timm.create_model(name, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == catalogue.info(name)['params']
+
+
+def test_every_record_is_of_a_variant_in_the_catalogue():
+    assert {rule.load_record(name)['name'] for name in rule.record_names()} <= set(catalogue.variant_names())

@@ -1,0 +1,50 @@
+"""pytest plug-in: hold the models named in ZOO_MODELS to timm's own, unmodified tests/test_models.py.
+
+timm's tests take their models from `timm.list_models` while they are imported, so this must be loaded before, with -p.
+Only that function is replaced; the test file, the registry and the models stay as they are.
+"""
+
+import fnmatch
+import os
+
+import timm
+import timm.models
+
+import zoo
+
+PATTERNS = os.environ['ZOO_MODELS'].split(',')
+# torch.jit is deprecated, and the attention families' window arithmetic is not written for it.
+NO_TORCHSCRIPT = ('biformer_*', 'nat_*', 'dinat_*')
+
+_list_models = timm.list_models
+
+
+def _matches(name, patterns):
+    return any(fnmatch.fnmatch(name.split('.')[0], pattern) for pattern in patterns)
+
+
+def list_models(filter='', module='', pretrained=False, exclude_filters='', name_matches_cfg=False, include_tags=None):
+    """Our models wherever timm asks for all of its own; none where it asks for families by name, or for weights."""
+    excluded = [exclude_filters] if isinstance(exclude_filters, str) else exclude_filters
+    if pretrained or filter:
+        return []
+    ours = [name for name in _list_models(include_tags=include_tags) if name.split('.')[0] in zoo.list_models()]
+    ours = [name for name in ours if _matches(name, PATTERNS)]
+    if 'hiera_*' in excluded:  # the list of models that timm leaves out of its TorchScript tests
+        ours = [name for name in ours if not _matches(name, NO_TORCHSCRIPT)]
+    return ours
+
+
+for package in (timm, timm.models):
+    package.list_models = list_models
+    package.list_pretrained = lambda *args, **kwargs: []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect timm's tests of its own models by name."""
+    own, others = [], []
+    for item in items:
+        name = item.callspec.params.get('model_name') if hasattr(item, 'callspec') else None
+        (own if isinstance(name, str) and _matches(name, zoo.list_models()) else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = own

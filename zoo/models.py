@@ -1,0 +1,130 @@
+"""Models by name: create them, with official checkpoints; list them; say what is known of them."""
+
+import fnmatch
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import timm
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+
+from .backbones import catalogue
+from .backbones.checkpoints import CheckpointError, mismatches
+
+__all__ = ['create_model', 'info', 'list_models']
+
+
+def create_model(name: str, pretrained: bool = False, checkpoint: str | os.PathLike | None = None, **kwargs):
+    """`timm.create_model`, that also takes an official checkpoint of any family, timm's included.
+
+    Args:
+        name: a model's name, of the zoo or of timm.
+        pretrained: download the authors' weights where they give a direct link.
+        checkpoint: a file of weights (.pth, .pt, .tar, .bin or .safetensors) as the authors published it, or as saved
+            from the model. Read with weights_only: nothing in it is executed. Its classifier is kept if it has
+            `num_classes` classes, or else replaced by a new one.
+        kwargs: arguments of `timm.create_model` and of the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file can't be read, or doesn't fit the model; says which keys, and what it would fit.
+    """
+    if checkpoint is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    state_dict = read_checkpoint(checkpoint)
+    feature_args = {key: kwargs.pop(key) for key in ('features_only', 'out_indices', 'feature_cls') if key in kwargs}
+    model, classes = _create_loaded(name, checkpoint, state_dict, kwargs)
+    if not feature_args.get('features_only'):
+        return model
+    overlay = {**(kwargs.pop('pretrained_cfg_overlay', None) or {}), 'state_dict': state_dict, 'num_classes': classes}
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **feature_args, **kwargs)
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The state dict in a file, unwrapped. FileNotFoundError, or CheckpointError if it holds none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'There is no checkpoint {path}.')
+    try:
+        state_dict = load_state_dict(str(path))
+    except (RuntimeError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
+        raise CheckpointError(f'{path} is not a readable checkpoint ({str(error).strip().splitlines()[0]})') from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f'{path} holds no state dict ({error})') from error
+    if not state_dict or not all(hasattr(value, 'shape') or isinstance(value, dict) for value in state_dict.values()):
+        raise CheckpointError(f'{path} holds no state dict: expected names of parameters with their tensors.')
+    return state_dict
+
+
+def _create_loaded(name, path, state_dict, kwargs):
+    """The model with all of the state dict in it, and the number of classes that the state dict has."""
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    published = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    published = published.num_classes if published else 1000
+    wanted = kwargs.pop('num_classes', published)
+    error = None
+    for classes in dict.fromkeys((wanted, published)):
+        try:
+            model = timm.create_model(
+                name,
+                pretrained=True,
+                pretrained_cfg_overlay={**overlay, 'state_dict': dict(state_dict), 'num_classes': classes},
+                num_classes=classes,
+                **kwargs,
+            )
+        except CheckpointError as problem:
+            raise CheckpointError(f'{path}: {problem}') from None
+        except RuntimeError as problem:  # load_state_dict's, with every key in it
+            error = error or problem
+            continue
+        if classes != wanted:
+            model.reset_classifier(wanted)
+        return model, classes
+    model = timm.create_model(name, num_classes=wanted, device='meta', **kwargs)
+    own = model.map_official(state_dict) if hasattr(model, 'map_official') else state_dict
+    problems = mismatches(own, model.state_dict()) or str(error).splitlines()[0]
+    raise CheckpointError(f'{path}: the checkpoint does not fit {name}: {problems}.') from error
+
+
+def list_models(pattern: str = '*', family: str | None = None, pretrained: bool = False) -> list[str]:
+    """Names of the zoo's models.
+
+    Args:
+        pattern: a shell-style wildcard, 'nat_*'.
+        family: a family's key, 'dinat'. ValueError if there is none of this name.
+        pretrained: only models whose weights `pretrained=True` downloads.
+    """
+    families = catalogue.families()
+    if family is not None and family not in families:
+        raise ValueError(f'There is no family {family!r}; there are {", ".join(families)}.')
+    return [
+        name
+        for name in catalogue.variant_names()
+        if fnmatch.fnmatch(name, pattern)
+        and family in (None, catalogue.family_of(name))
+        and (not pretrained or any('url' in entry for entry in catalogue.info(name)['weights']))
+    ]
+
+
+def info(name: str) -> dict:
+    """What is known of a model: published facts with their source, and its feature pyramid.
+
+    Keys: name, family, title, paper, paper_id, code, commit, license, source, params, gmacs (10^9 multiply-adds at
+    input_size, if published), input_size, mean, std, crop_pct, interpolation, weights (tag, trained_on, top1 in %, url
+    or page), notes, channels and strides (of the levels that features_only gives).
+
+    Raises:
+        ValueError: the zoo has no such model; names those nearest.
+    """
+    try:
+        facts = catalogue.info(name)
+    except KeyError:
+        import difflib
+
+        near = difflib.get_close_matches(name, catalogue.variant_names(), n=3)
+        hint = f'; did you mean {", ".join(near)}?' if near else '; `zoo list` shows all.'
+        raise ValueError(f'The zoo has no model {name!r}{hint}') from None
+    levels = timm.create_model(name, device='meta', features_only=True).feature_info
+    return {**facts, 'channels': levels.channels(), 'strides': levels.reduction()}

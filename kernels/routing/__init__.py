@@ -1,0 +1,96 @@
+"""Bi-level routing attention (BiFormer, arXiv 2303.08810): a region attends to the regions it is routed to."""
+
+import torch
+from torch import Tensor
+from zoo.kernels import checks
+from zoo.kernels.dispatch import Operator, Problem, Verdict, chosen, possible
+from zoo.kernels.routing import reference, tiled
+
+__all__ = ['routing_attention']
+
+NAME = 'routing_attention'
+OPERATOR = Operator(NAME)
+
+
+def _judge_tiled(problem: Problem) -> Verdict:
+    return chosen('whole regions are gathered in chunks that stay in cache, and nothing is kept for the backward')
+
+
+def _judge_reference(problem: Problem) -> Verdict:
+    return possible('the definition, made of plain operations')
+
+
+OPERATOR.register('tiled', tiled.routing_attention, _judge_tiled)
+OPERATOR.register('reference', reference.routing_attention, _judge_reference)
+
+
+def routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_index: Tensor,
+    region_size: int | tuple[int, int],
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """Softmax attention of the pixels of each region of a map to all pixels of the regions listed for it.
+
+    The map is cut into a row-major grid of regions. Where region_size does not divide the map, query, key and value
+    are padded with zeros at the right and the bottom, as in the official code: the padding is not masked, so its keys
+    take part with logit 0 and its values with 0; the output is cropped.
+
+    Args:
+        query, key, value: (batch, height, width, heads, head_dim), of one floating dtype, usually views of a packed
+            projection. In an autocast region they are cast to its dtype.
+        region_index: int64 (batch, regions, topk), shared by the heads, or (batch, heads, regions, topk): the regions
+            that the queries of each region attend to. One that is listed twice counts twice. Has no gradient.
+        region_size: (rows, columns) of pixels of a region, or one int for both.
+        scale: of the logits; head_dim ** -0.5 if None. BiFormer passes its full width ** -0.5.
+        implementation: name of the implementation to run; None leaves the choice to `zoo.kernels.dispatch`.
+
+    Returns:
+        The shape and dtype of query, contiguous.
+
+    Raises:
+        TypeError, ValueError: arguments of other kinds, shapes, dtypes, devices or ranges; an implementation that
+            cannot run.
+        IndexError: an index that is not a region's, on the CPU.
+    """
+    checks.same_kind(NAME, query=query, key=key, value=value)
+    if region_index.dtype != torch.int64:
+        raise TypeError(f'{NAME}: region_index must be int64, got {region_index.dtype}')
+    checks.same_device(NAME, query=query, region_index=region_index)
+    rows, columns = region_size = _region_size(region_size)
+    if query.ndim != 5:
+        raise ValueError(
+            f'{NAME}: query must be (batch, height, width, heads, head_dim), got shape {tuple(query.shape)}'
+        )
+    for name, x in (('key', key), ('value', value)):
+        if x.shape != query.shape:
+            raise ValueError(f'{NAME}: {name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}')
+    batch, height, width, heads, head_dim = query.shape
+    regions = -(-height // rows) * -(-width // columns)
+    shared = region_index.ndim == 3
+    expected = (batch, regions) if shared else (batch, heads, regions)
+    if region_index.ndim not in (3, 4) or region_index.shape[:-1] != expected:
+        raise ValueError(
+            f'{NAME}: a {height}x{width} map has {regions} regions of {rows}x{columns}, so region_index must be '
+            f'({batch}, {regions}, topk) or ({batch}, {heads}, {regions}, topk), got {tuple(region_index.shape)}'
+        )
+    topk = region_index.shape[-1]
+    if topk < 1 or topk > regions:
+        raise ValueError(f'{NAME}: topk, the last size of region_index, must be 1..{regions}, got {topk}')
+    query, key, value = checks.autocast(query, key, value)
+    scale = head_dim**-0.5 if scale is None else scale
+    region_index = region_index[:, None] if shared else region_index
+    return OPERATOR.select(query, implementation)(query, key, value, region_index, region_size, scale)
+
+
+def _region_size(value: int | tuple[int, int]) -> tuple[int, int]:
+    """`value` as (rows, columns), which may be symbolic in tracing; TypeError or ValueError if it is not that."""
+    size = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if not all(isinstance(each, (int, torch.SymInt)) and not isinstance(each, bool) for each in size):
+        raise TypeError(f'{NAME}: region_size must be an int or two ints, got {value!r}')
+    if len(size) != 2 or any(each < 1 for each in size):
+        raise ValueError(f'{NAME}: region_size must be one or two positive ints, got {value}')
+    return size

@@ -2,5 +2,6 @@
 
 from zoo.kernels.dispatch import OPERATORS, Explanation, explain, use
 from zoo.kernels.neighborhood import neighborhood_attention
+from zoo.kernels.routing import routing_attention
 
-__all__ = ['OPERATORS', 'Explanation', 'explain', 'neighborhood_attention', 'use']
+__all__ = ['OPERATORS', 'Explanation', 'explain', 'neighborhood_attention', 'routing_attention', 'use']

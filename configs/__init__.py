@@ -1,0 +1,1 @@
+"""Recipes: mmengine configs, read by path or by their names below this folder (`zoo train NAME`)."""

@@ -1,0 +1,49 @@
+"""Registries of the scope `zoo`: a child of each of mmengine's that a run builds from, as mmengine asks for."""
+
+from mmengine import registry as mmengine_registry
+from mmengine.registry import Registry
+
+__all__ = [
+    'DATASETS',
+    'DATA_SAMPLERS',
+    'EVALUATOR',
+    'FUNCTIONS',
+    'HOOKS',
+    'LOG_PROCESSORS',
+    'LOOPS',
+    'METRICS',
+    'MODELS',
+    'MODEL_WRAPPERS',
+    'OPTIMIZERS',
+    'OPTIM_WRAPPERS',
+    'OPTIM_WRAPPER_CONSTRUCTORS',
+    'PARAM_SCHEDULERS',
+    'TRANSFORMS',
+    'VISBACKENDS',
+    'VISUALIZERS',
+]
+
+
+def _child(name: str, *modules: str) -> Registry:
+    """Registry under mmengine's of that name, filled by modules of this package when it is first built from."""
+    parent = getattr(mmengine_registry, name)
+    return Registry(parent.name, parent=parent, scope='zoo', locations=[f'zoo.train.{module}' for module in modules])
+
+
+DATASETS = _child('DATASETS', 'data', 'digits')
+DATA_SAMPLERS = _child('DATA_SAMPLERS', 'samplers')
+EVALUATOR = _child('EVALUATOR')
+FUNCTIONS = _child('FUNCTIONS', 'tasks')
+HOOKS = _child('HOOKS', 'hooks')
+LOG_PROCESSORS = _child('LOG_PROCESSORS')
+LOOPS = _child('LOOPS', 'loops')
+METRICS = _child('METRICS', 'evaluation')
+MODELS = _child('MODELS', 'tasks')
+MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
+OPTIMIZERS = _child('OPTIMIZERS', 'optim')
+OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS', 'optim')
+OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS', 'optim')
+PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS')
+TRANSFORMS = _child('TRANSFORMS', 'data')
+VISBACKENDS = _child('VISBACKENDS')
+VISUALIZERS = _child('VISUALIZERS')

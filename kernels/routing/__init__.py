@@ -13,7 +13,9 @@ OPERATOR = Operator(NAME)
 
 
 def _judge_tiled(problem: Problem) -> Verdict:
-    return chosen('whole regions are gathered in chunks that stay in cache, and nothing is kept for the backward')
+    if problem.compiling:
+        return chosen('it is as fast as the definition fused by torch.compile, and keeps nothing for the backward')
+    return chosen('it gathers whole regions in chunks that stay in cache, and keeps nothing for the backward')
 
 
 def _judge_reference(problem: Problem) -> Verdict:
@@ -57,6 +59,8 @@ def routing_attention(
         IndexError: an index that is not a region's, on the CPU.
     """
     checks.same_kind(NAME, query=query, key=key, value=value)
+    if not isinstance(region_index, Tensor):
+        raise TypeError(f'{NAME}: region_index must be a tensor, got {type(region_index).__name__}')
     if region_index.dtype != torch.int64:
         raise TypeError(f'{NAME}: region_index must be int64, got {region_index.dtype}')
     checks.same_device(NAME, query=query, region_index=region_index)

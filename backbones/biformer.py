@@ -28,13 +28,15 @@ def region_means(x, size):
 
     (B, H, W, C) -> (B, ceil(H / height), ceil(W / width), C)
     """
-    (_, H, W, _), (height, width) = x.shape, size
-    rows, columns = -(-H // height), -(-W // width)
-    x = pad_bottom_right(x, rows * height, columns * width)
-    sums = x.unflatten(2, (columns, width)).unflatten(1, (rows, height)).sum((2, 4))
-    tall = (H - height * torch.arange(rows, device=x.device)).clamp(max=height)  # rows of pixels in a row of regions
-    wide = (W - width * torch.arange(columns, device=x.device)).clamp(max=width)
-    return sums / (tall[:, None] * wide)[..., None].to(x.dtype)
+
+    def members(length, extent):
+        """One row a region along an axis: 1 where its pixels are."""
+        regions = torch.arange(-(-length // extent), device=x.device)
+        return (torch.arange(length, device=x.device) // extent == regions[:, None]).to(x.dtype)
+
+    rows, columns = members(x.shape[1], size[0]), members(x.shape[2], size[1])
+    sums = columns @ (rows @ x.flatten(2)).unflatten(-1, x.shape[2:])
+    return sums / (rows.sum(1)[:, None, None] * columns.sum(1)[:, None])
 
 
 @register_notrace_module
@@ -75,33 +77,30 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x):
         _, H, W, _ = x.shape
-        x = self.pad(x)
+        x, size = self.partition(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        regions, size = self.route(x)
-        out = routing_attention(*(t.unflatten(-1, (-1, HEAD_DIM)) for t in (q, k, v)), regions, size, scale=self.scale)
+        q_heads, k_heads, v_heads = (t.unflatten(-1, (-1, HEAD_DIM)) for t in (q, k, v))
+        out = routing_attention(q_heads, k_heads, v_heads, self.route(x, size), size, scale=self.scale)
         out = out.flatten(-2) + apply_nchw(self.lepe, v)
         return self.proj(out[:, :H, :W])
 
-    def pad(self, x):
-        """The input with as many rows and columns as the regions need."""
+    def partition(self, x):
+        """The input, padded where that is to be done before the projection, and the (height, width) of its regions."""
         _, H, W, _ = x.shape
-        rows, columns = -H % self.n_win, -W % self.n_win
-        if (rows or columns) and not self.auto_pad:
+        if not self.auto_pad and (H % self.n_win or W % self.n_win):
             raise ValueError(f'A map of {H}x{W} does not divide into {self.n_win}x{self.n_win} regions; use auto_pad.')
-        return pad_bottom_right(x, H + rows, W + columns) if self.pad_input else x
+        if not self.pad_input:
+            return x, (max(1, H // self.n_win), max(1, W // self.n_win))
+        size = (-(-H // self.n_win), -(-W // self.n_win))
+        return pad_bottom_right(x, size[0] * self.n_win, size[1] * self.n_win), size
 
     @torch.no_grad()
-    def route(self, x):
-        """Regions that each region of the padded input attends to, best first.
-
-        Returns:
-            (B, regions, topk) indices, and a region's (height, width) in pixels. Regions are counted row by row.
-        """
-        size = (torch.sym_max(1, x.shape[1] // self.n_win), torch.sym_max(1, x.shape[2] // self.n_win))
+    def route(self, x, size):
+        """Indices (B, regions, topk) of the regions that each attends to, best first; regions count row by row."""
         # The mean of a region's queries is the query of its mean pixel.
         q, k, _ = self.qkv(region_means(x, size).flatten(1, 2)).chunk(3, dim=-1)  # (B, regions, C)
         affinity = (q * self.scale) @ k.mT
-        return affinity.topk(min(self.topk, affinity.shape[-1]), dim=-1).indices, size
+        return affinity.topk(min(self.topk, affinity.shape[-1]), dim=-1).indices
 
     def extra_repr(self):
         return f'n_win={self.n_win}, topk={self.topk}'
@@ -291,10 +290,9 @@ class BiFormer(Pyramid):
         found, hooks = [], []
 
         def record(name, attn, inputs):
-            x = attn.pad(inputs[0])
-            index, (height, width) = attn.route(x)
-            grid = (-(-x.shape[1] // height), -(-x.shape[2] // width))
-            found.append({'module': name, 'regions': grid, 'index': index})
+            x, size = attn.partition(inputs[0])
+            grid = (-(-x.shape[1] // size[0]), -(-x.shape[2] // size[1]))
+            found.append({'module': name, 'regions': grid, 'index': attn.route(x, size)})
 
         try:
             for name, module in self.named_modules():

@@ -15,13 +15,8 @@ def apply_nchw(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 @register_notrace_function
 def pad_bottom_right(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Append zero rows and columns to a (B, H, W, C) map up to height x width, if it has fewer."""
-    if (
-        torch.compiler.is_exporting()
-    ):  # one graph for every size: nothing may depend on whether there is anything to pad
-        rows, columns = torch.sym_max(0, height - x.shape[1]), torch.sym_max(0, width - x.shape[2])
-        return F.pad(x, (0, 0, 0, columns, 0, rows))
-    rows, columns = max(0, height - x.shape[1]), max(0, width - x.shape[2])
+    """Append zero rows and columns to a (B, H, W, C) map to make it height x width, which must not be less."""
+    rows, columns = height - x.shape[1], width - x.shape[2]
     return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
 
 
@@ -29,9 +24,7 @@ def pad_bottom_right(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def pad_to_stride(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
     """Append zero rows and columns to a (B, C, H, W) map until the stride divides its sides."""
     rows, columns = -x.shape[2] % stride[0], -x.shape[3] % stride[1]
-    if torch.compiler.is_exporting() or rows or columns:
-        x = F.pad(x, (0, columns, 0, rows))
-    return x
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
 class PaddedConv2d(nn.Conv2d):

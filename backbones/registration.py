@@ -69,7 +69,7 @@ def _require_weights(name: str, kwargs: dict) -> None:
     """RuntimeError that says where the weights are, if `pretrained=True` has nothing to download."""
     overlay = kwargs.get('pretrained_cfg_overlay')
     cfg = resolve_pretrained_cfg(name, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=overlay)
-    if cfg.has_weights:
+    if cfg.has_weights or cfg.state_dict:
         return
     facts = catalogue.info(name)
     pages = [entry['page'] for entry in facts['weights'] if 'page' in entry]

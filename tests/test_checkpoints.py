@@ -101,7 +101,7 @@ def test_missing_unexpected_and_misshaped_keys_are_counted_and_listed(official, 
 
 def test_a_foreign_checkpoint_is_told_what_it_looks_like(official, tmp_path):
     torch.save({'state_dict': official}, tmp_path / 'van.pth')
-    with pytest.raises(zoo.CheckpointError, match="does not fit nat_mini: .*It looks like VAN: try 'van_b0'"):
+    with pytest.raises(zoo.CheckpointError, match=r"does not fit nat_mini: .*It looks like VAN: try 'van_b0'"):
         zoo.create_model('nat_mini', checkpoint=tmp_path / 'van.pth')
 
 

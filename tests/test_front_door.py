@@ -7,9 +7,9 @@ import sys
 import pytest
 import timm
 from typer.testing import CliRunner
-from zoo.backbones import catalogue
 
 import zoo
+from zoo.backbones import catalogue
 from zoo.cli import app
 
 

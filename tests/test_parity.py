@@ -4,6 +4,7 @@ import parity_rule as rule
 import pytest
 import timm
 import torch
+
 from zoo.backbones import catalogue
 
 TOLERANCE = 1e-9  # relative, float64: rounding in another order gives 1e-13; records keep 10 digits

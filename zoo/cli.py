@@ -1,4 +1,4 @@
-"""The command line `zoo`: the words of the Python interface, with tables. A command imports what it needs on its use."""
+"""The command line `zoo`: the words of the Python interface, with tables. Commands import what they need on use."""
 
 import sys
 from pathlib import Path
@@ -101,7 +101,7 @@ def kernels(
         table.add_column(column)
     try:
         sizes = tuple(int(size) for size in shape.split(','))
-        for operator in kernels.operators():
+        for operator in kernels.OPERATORS:
             choice = kernels.explain(
                 operator, device=device, dtype=getattr(torch, dtype), shape=sizes, compiling=compiled
             )

@@ -50,8 +50,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     try:
         state_dict = load_state_dict(str(path))
     except (RuntimeError, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError) as error:
-        raise CheckpointError(f'{path} is not a readable checkpoint ({str(error).strip().splitlines()[0]})') from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition('\n')[0] or type(error).__name__
+        raise CheckpointError(f'{path} is not a readable checkpoint ({reason})') from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f'{path} holds no state dict ({error})') from error
     if not state_dict or not all(hasattr(value, 'shape') or isinstance(value, dict) for value in state_dict.values()):
         raise CheckpointError(f'{path} holds no state dict: expected names of parameters with their tensors.')

@@ -1,19 +1,27 @@
 """Neighborhood attention: every query attends to the kernel_size nearest keys per axis (NAT, DiNAT)."""
 
 from torch import Tensor
-from zoo.kernels import checks
-from zoo.kernels.dispatch import Operator, Problem, Verdict, chosen
-from zoo.kernels.neighborhood import reference
+
+from .. import checks
+from ..dispatch import Operator, Problem, Verdict, chosen, possible
+from . import reference, tiled
 
 OPERATOR = Operator('neighborhood_attention')
 
 
+def _judge_tiled(problem: Problem) -> Verdict:
+    if problem.compiling:
+        return possible('one operator that the compiler does not look into')
+    return chosen('the leanest in plain PyTorch')
+
+
 def _judge_reference(problem: Problem) -> Verdict:
     if problem.compiling:
-        return chosen('torch.compile fuses it into one loop')
-    return chosen('it runs everywhere')
+        return chosen('torch.compile fuses the definition into one loop')
+    return possible('the definition, in plain operations')
 
 
+OPERATOR.register('tiled', tiled.neighborhood_attention, _judge_tiled)
 OPERATOR.register('reference', reference.neighborhood_attention, _judge_reference)
 
 

@@ -1,0 +1,404 @@
+"""Neighborhood attention in strips and column tiles: lean PyTorch made of batched matrix products, for the CPU.
+
+A map is laid out once as column tiles, each with the columns that its queries' windows reach, row after row. The keys
+of a strip of query rows are then consecutive in memory, so that a strip is one batch of small dense attentions over
+all images, heads and tiles. Windows and bias are one additive table that strips share, and in the backward the matrix
+products themselves accumulate where strips overlap. A dilated problem is one such problem per residue class.
+README.md has the derivation.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 20  # of the queries that are worked on at a time: keys, values and scores then stay in the caches
+
+
+class Run(NamedTuple):
+    """Tiles `first` to `last` (excluded), each of `width` columns; their starts are one tile apart from `start` on."""
+
+    first: int
+    last: int
+    start: int
+    width: int
+
+
+class Strip(NamedTuple):
+    """Query rows and the key rows that they reach (first, last + 1), and what the table of a strip depends on."""
+
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    kind: tuple[int, ...]  # key rows, first key row from the first query row, start of each query row's window in them
+
+
+class Plan(NamedTuple):
+    """How a problem of dilation 1 is cut. The last tile can reach over the map's edge with its queries."""
+
+    width: int  # of the map
+    kernel: tuple[int, int]
+    tile: int  # query columns of a tile
+    span: int  # key columns of a tile
+    key_starts: tuple[int, ...]  # first key column of each tile
+    query_runs: tuple[Run, ...]
+    key_runs: tuple[Run, ...]
+    strips: tuple[Strip, ...]
+
+    def cost(self) -> int:
+        """Estimated time in scores: products of few queries run slower, calls and copies of keys take time as well.
+
+        The weights are from measurements at head_dim 32.
+        """
+        tiles, cost = len(self.key_starts), 0
+        for strip in self.strips:
+            queries = strip.queries[1] - strip.queries[0]
+            cost += (
+                tiles * strip.kind[0] * self.span * (queries * self.tile + 4) + 8 * tiles * queries * self.span + 2000
+            )
+        return cost
+
+
+def _window(position: int, length: int, kernel: int) -> int:
+    """First key of the window of a query."""
+    return min(max(position - kernel // 2, 0), length - kernel)
+
+
+def _runs(starts: Sequence[int], width: int, tile: int, length: int) -> tuple[Run, ...]:
+    runs = []
+    for i, start in enumerate(starts):
+        inside = min(width, length - start)
+        if runs and runs[-1].width == inside and start == starts[i - 1] + tile:
+            runs[-1] = runs[-1]._replace(last=i + 1)
+        else:
+            runs.append(Run(i, i + 1, start, inside))
+    return tuple(runs)
+
+
+def _cut(height: int, width: int, kernel: tuple[int, int], rows: int, columns: int) -> Plan:
+    """Plan of tiles of `columns` queries in strips of `rows`."""
+    starts = range(0, width, columns)
+    reach = [[_window(x, width, kernel[1]) for x in (start, min(start + columns, width) - 1)] for start in starts]
+    span = max(last - first for first, last in reach) + kernel[1]
+    key_starts = tuple(min(first, width - span) for first, _ in reach)
+    strips = []
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        windows = [_window(y, height, kernel[0]) for y in range(top, bottom)]
+        keys = windows[0], windows[-1] + kernel[0]
+        kind = keys[1] - keys[0], keys[0] - top, *(start - keys[0] for start in windows)
+        strips.append(Strip((top, bottom), keys, kind))
+    query_runs, key_runs = _runs(starts, columns, columns, width), _runs(key_starts, span, columns, width)
+    return Plan(width, kernel, columns, span, key_starts, query_runs, key_runs, tuple(strips))
+
+
+@lru_cache(maxsize=256)
+def _plan(height: int, width: int, kernel: tuple[int, int]) -> Plan:
+    """The cheapest of some cuts."""
+    rows, columns = (
+        sorted({min(n, size) for n in (max(4, k // 2 + 1), 7, k, 16)})
+        for size, k in zip((height, width), kernel, strict=True)
+    )
+    return min((_cut(height, width, kernel, r, c) for r in rows for c in columns), key=Plan.cost)
+
+
+@lru_cache(maxsize=64)
+def _table_index(plan: Plan, kind: tuple[int, ...], device: torch.device) -> tuple[Tensor, bool]:
+    """Flat relative position of every (tile, query, key) of a strip, one past the last outside of the window.
+
+    Second, whether any key lies outside of a window.
+    """
+    (kh, kw), (rows, shift, *starts) = plan.kernel, kind
+    y = torch.arange(len(starts), device=device)[:, None]
+    key = torch.arange(rows, device=device)
+    start = torch.tensor(starts, device=device)[:, None]
+    row, row_outside = key + shift - y + kh - 1, (key < start) | (key >= start + kh)  # (query rows, key rows)
+    x = torch.arange(len(plan.key_starts) * plan.tile, device=device).clamp(max=plan.width - 1).view(-1, plan.tile, 1)
+    key = torch.tensor(plan.key_starts, device=device)[:, None, None] + torch.arange(plan.span, device=device)
+    start = (x - kw // 2).clamp(0, plan.width - kw)
+    column, column_outside = key - x + kw - 1, (key < start) | (key >= start + kw)  # (tiles, columns, key columns)
+    index = row[:, None, :, None] * (2 * kw - 1) + column[:, None, :, None, :]
+    outside = row_outside[:, None, :, None] | column_outside[:, None, :, None, :]
+    return index.masked_fill(outside, (2 * kh - 1) * (2 * kw - 1)).flatten(), bool(outside.any())
+
+
+class _Tables:
+    """Additive tables (heads or 1, tiles, queries, keys) of strips: the bias inside of the windows, -inf outside."""
+
+    def __init__(self, bias: Tensor | None, kernel: Sequence[int], like: Tensor, dtype: torch.dtype):
+        entries = (2 * kernel[0] - 1) * (2 * kernel[1] - 1)
+        self.biased = bias is not None
+        self.values = like.new_zeros(bias.shape[0] if self.biased else 1, entries + 1, dtype=dtype)
+        if self.biased:
+            self.values[:, :-1] = bias.flatten(1)
+        self.values[:, -1] = -torch.inf
+        self.tables, self.gradients = {}, {}
+
+    def table(self, plan: Plan, strip: Strip) -> Tensor | None:
+        """None where there is nothing to add."""
+        key = plan, strip.kind
+        if key not in self.tables:
+            index, outside = _table_index(plan, strip.kind, self.values.device)
+            shape = len(plan.key_starts), (len(strip.kind) - 2) * plan.tile, strip.kind[0] * plan.span
+            needed = self.biased or outside
+            self.tables[key] = self.values.index_select(1, index).view(-1, *shape) if needed else None
+        return self.tables[key]
+
+    def add_gradient(self, plan: Plan, strip: Strip, scores: Tensor) -> None:
+        """Add the gradient of a strip's scores, (batch and heads and tiles, queries, keys)."""
+        key = plan, strip.kind
+        gradient = scores.view(-1, *self.tables[key].shape).sum(0)
+        self.gradients[key] = self.gradients[key].add_(gradient) if key in self.gradients else gradient
+
+    def bias_gradient(self) -> Tensor:
+        """(heads, entries); on the CPU in a fixed order of summation."""
+        total = torch.zeros_like(self.values)
+        for (plan, kind), gradient in self.gradients.items():
+            index, _ = _table_index(plan, kind, total.device)
+            total.scatter_add_(1, index.expand(len(total), -1), gradient.view(len(total), -1))
+        return total[:, :-1]
+
+
+class _Workspace:
+    """Storage that the chunks of one call share, by name."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        self.like, self.dtype, self.storage = like, dtype, {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor, in the place of the former one of this name."""
+        size = math.prod(shape)
+        if name not in self.storage or self.storage[name].numel() < size:
+            self.storage[name] = self.like.new_empty(size, dtype=self.dtype)
+        return self.storage[name][:size].view(shape)
+
+
+def _views(maps: Tensor, tiles: Tensor, tile: int, runs: Sequence[Run], piece: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of one shape of maps (..., height, width, heads, d) and of tiles (..., heads, tiles, height, columns, d).
+
+    They take `piece` columns of each tile at a time: no view of the maps overlaps itself if piece <= tile.
+    """
+    for run in runs:
+        for offset in range(0, run.width, piece):
+            width = min(piece, run.width - offset)
+            start = run.start + offset
+            end = start + (run.last - run.first - 1) * tile + width
+            columns = maps[..., start:end, :, :].unfold(4, width, tile)  # (..., height, tiles, heads, d, width)
+            yield (
+                columns.permute(0, 1, 2, 5, 4, 3, 7, 6),
+                tiles[..., run.first : run.last, :, offset : offset + width, :],
+            )
+
+
+class _Tiles:
+    """Maps (images, row classes, column classes, height, width, heads, head_dim) as column tiles, of queries or keys.
+
+    `matrices` are (images and classes and heads and tiles, height and columns, head_dim).
+    """
+
+    def __init__(self, maps: Tensor, plan: Plan, of: str, workspace: _Workspace, name: str):
+        *outer, height, _, heads, head_dim = maps.shape
+        self.maps, self.tile, self.workspace = maps, plan.tile, workspace
+        self.runs, self.columns = (plan.query_runs, plan.tile) if of == 'queries' else (plan.key_runs, plan.span)
+        self.data = workspace.take(name, *outer, heads, len(plan.key_starts), height, self.columns, head_dim)
+        self.matrices = self.data.view(-1, height * self.columns, head_dim)
+
+    def rows(self, rows: tuple[int, int]) -> Tensor:
+        """(batch and heads and tiles, rows and columns, head_dim), a view."""
+        return self.matrices[:, rows[0] * self.columns : rows[1] * self.columns]
+
+    def zero(self) -> '_Tiles':
+        self.data.zero_()
+        return self
+
+    def load(self) -> '_Tiles':
+        if self.runs[-1].width < self.columns:  # nothing over the edge may be NaN
+            self.zero()
+        for maps, tiles in _views(self.maps, self.data, self.tile, self.runs, self.columns):
+            tiles.copy_(maps)
+        return self
+
+    def store(self) -> None:
+        for maps, tiles in _views(self.maps, self.data, self.tile, self.runs, self.tile):
+            maps.copy_(tiles)
+
+    def fold(self) -> None:
+        """Store the sum of tiles that overlap."""
+        total = self.workspace.take('total', *self.maps.shape).zero_()
+        for maps, tiles in _views(total, self.data, self.tile, self.runs, self.tile):
+            maps.add_(tiles)
+        self.maps.copy_(total)
+
+
+def _classes(length: int, dilation: int) -> list[tuple[int, int, int]]:
+    """(first residue, residues, members of each) of the residue classes of an axis, those of one size together."""
+    members, longer = divmod(length, dilation)
+    classes = [(0, longer, members + 1), (longer, dilation - longer, members)]
+    return classes if longer else classes[1:]
+
+
+def _problems(
+    tensors: Sequence[Tensor], kernel: Sequence[int], dilation: Sequence[int]
+) -> Iterator[tuple[Plan, list[Tensor]]]:
+    """Problems of dilation 1: views (images, row classes, column classes, height, width, heads, d) of tensors."""
+    batch, height, width, heads, head_dim = tensors[0].shape
+    for row, row_classes, rows in _classes(height, dilation[0]):
+        for column, column_classes, columns in _classes(width, dilation[1]):
+            plan = _plan(rows, columns, tuple(kernel))
+            image_bytes = 4 * row_classes * rows * column_classes * columns * heads * head_dim
+            images = max(1, CHUNK_BYTES // max(1, image_bytes))
+            for image in range(0, batch, images):
+                views = []
+                for x in tensors:
+                    x = x[image : image + images, row:, column:]
+                    b, h, w, n, d = x.stride()
+                    shape = x.shape[0], row_classes, column_classes, rows, columns, heads, head_dim
+                    views.append(x.as_strided(shape, (b, h, w, h * dilation[0], w * dilation[1], n, d)))
+                yield plan, views
+
+
+def _probabilities(query: Tensor, key: Tensor, table: Tensor | None, scale: float, workspace: _Workspace) -> Tensor:
+    """Softmax of the scores of a batch of (queries, head_dim) and (keys, head_dim) matrices."""
+    scores = workspace.take('scores', query.shape[0], query.shape[1], key.shape[1])
+    if table is not None:
+        scores.view(-1, *table.shape).copy_(table)
+    torch.baddbmm(scores, query, key.mT, beta=0 if table is None else 1, alpha=scale, out=scores)
+    return torch.softmax(scores, -1, out=workspace.take('probabilities', *scores.shape))
+
+
+def _no_autocast(x: Tensor):
+    """The bodies compute in the dtype that they choose: an open autocast region would cast their products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+@torch.library.custom_op('zoo::neighborhood_attention_tiled', mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+) -> Tensor:
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with _no_autocast(query):
+        workspace = _Workspace(query, dtype)
+        tables = _Tables(bias, kernel_size, query, dtype)
+        for plan, (q, k, v, o) in _problems((query, key, value, output), kernel_size, dilation):
+            q = _Tiles(q, plan, 'queries', workspace, 'query').load()
+            k = _Tiles(k, plan, 'keys', workspace, 'key').load()
+            v = _Tiles(v, plan, 'keys', workspace, 'value').load()
+            for strip in plan.strips:
+                table = tables.table(plan, strip)
+                p = _probabilities(q.rows(strip.queries), k.rows(strip.keys), table, scale, workspace)
+                strip_output = _Tiles(o[:, :, :, slice(*strip.queries)], plan, 'queries', workspace, 'output')
+                torch.bmm(p, v.rows(strip.keys), out=strip_output.matrices)
+                strip_output.store()
+    return output
+
+
+@_forward.register_fake
+def _(query, key, value, bias, kernel_size, dilation, scale):
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+@torch.library.custom_op('zoo::neighborhood_attention_tiled_backward', mutates_args=())
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    scale: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, bias; empty where not `needed`. The probabilities are computed again."""
+    d_query, d_key, d_value, d_bias = _empty_gradients(query, bias, needed)
+    of_query, of_key, of_value, of_bias = needed
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with _no_autocast(query):
+        workspace = _Workspace(query, dtype)
+        tables = _Tables(bias, kernel_size, query, dtype)
+        maps = grad, query, key, value, *(d if d.ndim == 5 else query for d in (d_query, d_key, d_value))
+        for plan, (g, q, k, v, dq, dk, dv) in _problems(maps, kernel_size, dilation):
+            g = _Tiles(g, plan, 'queries', workspace, 'grad').load()
+            q = _Tiles(q, plan, 'queries', workspace, 'query').load()
+            k = _Tiles(k, plan, 'keys', workspace, 'key').load()
+            v = _Tiles(v, plan, 'keys', workspace, 'value').load()
+            dk = _Tiles(dk, plan, 'keys', workspace, 'd_key').zero()
+            dv = _Tiles(dv, plan, 'keys', workspace, 'd_value').zero()
+            for strip in plan.strips:
+                g_rows, q_rows = g.rows(strip.queries), q.rows(strip.queries)
+                k_rows, v_rows = k.rows(strip.keys), v.rows(strip.keys)
+                p = _probabilities(q_rows, k_rows, tables.table(plan, strip), scale, workspace)
+                if of_value:
+                    dv.rows(strip.keys).baddbmm_(p.mT, g_rows)
+                if not (of_query or of_key or of_bias):
+                    continue
+                dp = torch.bmm(g_rows, v_rows.mT, out=workspace.take('scores', *p.shape))
+                ds = workspace.take('d_scores', *p.shape)
+                torch.ops.aten._softmax_backward_data.out(dp, p, -1, dtype, grad_input=ds)
+                if of_bias:
+                    tables.add_gradient(plan, strip, ds)
+                if of_key:
+                    dk.rows(strip.keys).baddbmm_(ds.mT, q_rows, alpha=scale)
+                if of_query:
+                    strip_dq = _Tiles(dq[:, :, :, slice(*strip.queries)], plan, 'queries', workspace, 'd_query')
+                    torch.baddbmm(strip_dq.matrices, ds, k_rows, beta=0, alpha=scale, out=strip_dq.matrices)
+                    strip_dq.store()
+            if of_key:
+                dk.fold()
+            if of_value:
+                dv.fold()
+        if of_bias:
+            d_bias.copy_(tables.bias_gradient().view(d_bias.shape))
+    return d_query, d_key, d_value, d_bias
+
+
+@_backward.register_fake
+def _(grad, query, key, value, bias, kernel_size, dilation, scale, needed):
+    return _empty_gradients(query, bias, needed)
+
+
+def _empty_gradients(query: Tensor, bias: Tensor | None, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(like.shape if need else 0, dtype=like.dtype, device=like.device)
+        for like, need in zip((query, query, query, query if bias is None else bias), needed, strict=True)
+    )
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.kernel_size, ctx.dilation, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, grad):
+    needed = list(ctx.needs_input_grad[:4])
+    gradients = _backward(grad, *ctx.saved_tensors, ctx.kernel_size, ctx.dilation, ctx.scale, needed)
+    return *(d if need else None for d, need in zip(gradients, needed, strict=True)), None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """(batch, height, width, heads, head_dim) -> same, contiguous; bias (heads, 2 * kh - 1, 2 * kw - 1).
+
+    One custom operator, with a backward of its own that recomputes the probabilities: only the arguments are kept.
+    Half precision is computed in float32.
+    """
+    return _forward(query, key, value, bias, kernel_size, dilation, scale)

@@ -1,5 +1,6 @@
 """Configs by path or by name."""
 
+import ast
 import difflib
 from importlib import resources
 from pathlib import Path
@@ -40,6 +41,7 @@ def find_config(config: Path | str) -> Path:
 def load_config(config: Path | str, options: dict | None = None) -> Config:
     """Read a config, with `options` ({'train_cfg.max_epochs': 3, ...}) in place of its own values.
 
+    An option that is text, as from a command line, is taken as the Python value that it spells, if it spells one.
     Its `work_dir`, unless given, is work_dirs/<name>.
 
     Raises:
@@ -48,7 +50,7 @@ def load_config(config: Path | str, options: dict | None = None) -> Config:
     """
     path = find_config(config)
     loaded = Config.fromfile(path)
-    loaded.merge_from_dict(options or {})
+    loaded.merge_from_dict({key: _value(option) for key, option in (options or {}).items()})
     missing = [key for key in REQUIRED if key not in loaded]
     if missing:
         raise ValueError(f'{path} has no {", ".join(missing)}.')
@@ -57,3 +59,10 @@ def load_config(config: Path | str, options: dict | None = None) -> Config:
         name = path.resolve().relative_to(_shipped().resolve()).with_suffix('') if shipped else path.stem
         loaded.work_dir = str(Path('work_dirs', name))
     return loaded
+
+
+def _value(option):
+    try:
+        return ast.literal_eval(option) if isinstance(option, str) else option
+    except (SyntaxError, ValueError):
+        return option

@@ -1,8 +1,7 @@
 """The 1,797 handwritten digits of scikit-learn (8x8 pixels, ten classes) as an image folder."""
 
-import os
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -34,16 +33,17 @@ def write(folder: Path | str) -> Path:
     from sklearn.datasets import load_digits  # an optional dependency
 
     images, labels = load_digits(return_X_y=True)
-    aside = folder.with_name(f'{folder.name}.tmp{os.getpid()}')
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = aside / ('train' if number < TRAIN_SIZE else 'test') / str(label) / f'{number:04}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image.reshape(8, 8) * 255 / MAX_VALUE).round().astype('uint8')).save(path)
-    try:
-        aside.rename(folder)
-    except OSError:  # another run was first
-        shutil.rmtree(aside)
-        _check(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'{folder.name}.tmp') as temporary:
+        aside = Path(temporary, folder.name)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = aside / ('train' if number < TRAIN_SIZE else 'test') / str(label) / f'{number:04}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((image.reshape(8, 8) * 255 / MAX_VALUE).round().astype('uint8')).save(path)
+        try:
+            aside.rename(folder)
+        except OSError:  # another run was first
+            _check(folder)
     return folder
 
 

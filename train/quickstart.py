@@ -5,12 +5,10 @@ import sys
 import time
 from pathlib import Path
 
-import timm
 import torch
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from timm.models import FeatureGetterNet
 from torch import Tensor, nn
 
 from . import pictures
@@ -18,6 +16,7 @@ from .config import load_config
 from .data import LabelledImages
 from .registry import DATASETS
 from .run import TrainResult, train
+from .tasks import create_backbone
 
 __all__ = ['main']
 
@@ -39,7 +38,7 @@ def main() -> int:
     model = _trained_model(cfg, result)
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
     drawn = _draw(model, dataset, result.work_dir)
-    _report(console, cfg, result, drawn, _pyramid(model, dataset), seconds)
+    _report(console, cfg, result, drawn, _pyramid(cfg, model, dataset), seconds)
     if result.accuracy < REQUIRED_ACCURACY:
         console.print(f'[bold red]FAILED: top-1 is {result.accuracy:.2f} %, expected {REQUIRED_ACCURACY} % or more.')
         return 1
@@ -48,7 +47,7 @@ def main() -> int:
 
 def _trained_model(cfg, result: TrainResult) -> nn.Module:
     """The model from the weights that anyone can load: nothing of the training run is left in it."""
-    return timm.create_model(**cfg.model.backbone, checkpoint_path=str(result.weights)).eval()
+    return create_backbone(**cfg.model.backbone, checkpoint_path=str(result.weights)).eval()
 
 
 def _normalized(model: nn.Module, images: Tensor) -> Tensor:
@@ -74,9 +73,10 @@ def _draw(model: nn.Module, dataset: LabelledImages, folder: Path) -> dict[str, 
 
 
 @torch.no_grad()
-def _pyramid(model: nn.Module, dataset: LabelledImages) -> list[tuple[str, int, tuple[int, ...]]]:
-    """Name, stride and shape of each feature map of one image. It takes the head off the model."""
-    features = FeatureGetterNet(model)
+def _pyramid(cfg, model: nn.Module, dataset: LabelledImages) -> list[tuple[str, int, tuple[int, ...]]]:
+    """Name, stride and shape of each feature map of one image."""
+    features = create_backbone(**cfg.model.backbone, features_only=True).eval()
+    features.model.load_state_dict(model.state_dict(), strict=False)  # it has no head
     info = features.feature_info
     maps = features(_batch(model, dataset, [0]))
     return [

@@ -1,6 +1,7 @@
 """Train what a config describes."""
 
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def train(
     cfg.work_dir = str(work_dir or cfg.work_dir)
     cfg.resume = resume
     cfg.launcher = _init_distributed()
+    cfg.experiment_name = f'{Path(cfg.work_dir).name}_{uuid.uuid4().hex}'  # mmengine gives runs of one name one state
     runner = Runner.from_cfg(cfg)
     try:
         runner.train()

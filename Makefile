@@ -31,10 +31,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 
 test: lint
-	$(RUN) -m pytest -q -m 'not slow and not gpu'
+	$(RUN) -m pytest -q -n 2 -m 'not slow and not gpu'
 
 test-all: lint
-	$(RUN) -m pytest -q -m 'not gpu'
+	$(RUN) -m pytest -q -n 2 -m 'not gpu'
 
 test-gpu: $(VENV)/.test
 	$(RUN) -m pytest -q -m gpu

@@ -28,9 +28,9 @@ class Run(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Query rows and the key rows that they reach (first, last + 1), and what the table of a strip depends on."""
+    """Rows of queries, the rows of keys (first, last + 1) that they reach, and what the table of a strip depends on."""
 
-    queries: tuple[int, int]
+    rows: int  # of queries
     keys: tuple[int, int]
     kind: tuple[int, ...]  # key rows, first key row from the first query row, start of each query row's window in them
 
@@ -54,10 +54,8 @@ class Plan(NamedTuple):
         """
         tiles, cost = len(self.key_starts), 0
         for strip in self.strips:
-            queries = strip.queries[1] - strip.queries[0]
-            cost += (
-                tiles * strip.kind[0] * self.span * (queries * self.tile + 4) + 8 * tiles * queries * self.span + 2000
-            )
+            cost += tiles * strip.kind[0] * self.span * (strip.rows * self.tile + 4)
+            cost += 8 * tiles * strip.rows * self.span + 2000
         return cost
 
 
@@ -89,7 +87,7 @@ def _cut(height: int, width: int, kernel: tuple[int, int], rows: int, columns: i
         windows = [_window(y, height, kernel[0]) for y in range(top, bottom)]
         keys = windows[0], windows[-1] + kernel[0]
         kind = keys[1] - keys[0], keys[0] - top, *(start - keys[0] for start in windows)
-        strips.append(Strip((top, bottom), keys, kind))
+        strips.append(Strip(bottom - top, keys, kind))
     query_runs, key_runs = _runs(starts, columns, columns, width), _runs(key_starts, span, columns, width)
     return Plan(width, kernel, columns, span, key_starts, query_runs, key_runs, tuple(strips))
 
@@ -165,14 +163,16 @@ class _Workspace:
     """Storage that the chunks of one call share, by name."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype):
-        self.like, self.dtype, self.storage = like, dtype, {}
+        self.like, self.dtype, self.storage, self.taken = like, dtype, {}, {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor, in the place of the former one of this name."""
-        size = math.prod(shape)
-        if name not in self.storage or self.storage[name].numel() < size:
-            self.storage[name] = self.like.new_empty(size, dtype=self.dtype)
-        return self.storage[name][:size].view(shape)
+        if (name, shape) not in self.taken:
+            size = math.prod(shape)
+            if name not in self.storage or self.storage[name].numel() < size:
+                self.storage[name] = self.like.new_empty(size, dtype=self.dtype)
+            self.taken[name, shape] = self.storage[name][:size].view(shape)
+        return self.taken[name, shape]
 
 
 def _views(maps: Tensor, tiles: Tensor, tile: int, runs: Sequence[Run], piece: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -185,51 +185,78 @@ def _views(maps: Tensor, tiles: Tensor, tile: int, runs: Sequence[Run], piece: i
             width = min(piece, run.width - offset)
             start = run.start + offset
             end = start + (run.last - run.first - 1) * tile + width
-            columns = maps[..., start:end, :, :].unfold(4, width, tile)  # (..., height, tiles, heads, d, width)
-            yield (
-                columns.permute(0, 1, 2, 5, 4, 3, 7, 6),
-                tiles[..., run.first : run.last, :, offset : offset + width, :],
-            )
+            columns = maps[..., start:end, :, :].unfold(-3, width, tile)  # (..., height, tiles, heads, d, width)
+            columns = columns.transpose(-1, -2).movedim(-5, -3).transpose(-4, -5)
+            yield columns, tiles[..., run.first : run.last, :, offset : offset + width, :]
 
 
-class _Tiles:
-    """Maps (images, row classes, column classes, height, width, heads, head_dim) as column tiles, of queries or keys.
+class _Queries:
+    """Maps (images, row classes, column classes, height, width, heads, head_dim) as strips of column tiles.
 
-    `matrices` are (images and classes and heads and tiles, height and columns, head_dim).
+    `strips` holds for each strip a batch (images and classes and heads and tiles) of (queries, head_dim) matrices.
     """
 
-    def __init__(self, maps: Tensor, plan: Plan, of: str, workspace: _Workspace, name: str):
+    def __init__(self, maps: Tensor, plan: Plan, workspace: _Workspace, name: str):
         *outer, height, _, heads, head_dim = maps.shape
-        self.maps, self.tile, self.workspace = maps, plan.tile, workspace
-        self.runs, self.columns = (plan.query_runs, plan.tile) if of == 'queries' else (plan.key_runs, plan.span)
-        self.data = workspace.take(name, *outer, heads, len(plan.key_starts), height, self.columns, head_dim)
-        self.matrices = self.data.view(-1, height * self.columns, head_dim)
+        self.plan, self.parts, self.strips = plan, [], []
+        full = height - height % plan.strips[0].rows
+        for first, last, rows in ((0, full, plan.strips[0].rows), (full, height, plan.strips[-1].rows)):
+            if first < last:
+                shape = (last - first) // rows, *outer, heads, len(plan.key_starts), rows, plan.tile, head_dim
+                tiles = workspace.take(f'{name} {rows}', *shape)
+                self.parts.append((maps[:, :, :, first:last].unflatten(3, (-1, rows)).movedim(3, 0), tiles))
+                self.strips += tiles.view(shape[0], -1, rows * plan.tile, head_dim).unbind()
 
-    def rows(self, rows: tuple[int, int]) -> Tensor:
-        """(batch and heads and tiles, rows and columns, head_dim), a view."""
-        return self.matrices[:, rows[0] * self.columns : rows[1] * self.columns]
+    def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for maps, tiles in self.parts:
+            yield from _views(maps, tiles, self.plan.tile, self.plan.query_runs, self.plan.tile)
 
-    def zero(self) -> '_Tiles':
-        self.data.zero_()
-        return self
-
-    def load(self) -> '_Tiles':
-        if self.runs[-1].width < self.columns:  # nothing over the edge may be NaN
-            self.zero()
-        for maps, tiles in _views(self.maps, self.data, self.tile, self.runs, self.columns):
+    def load(self) -> '_Queries':
+        if self.plan.query_runs[-1].width < self.plan.tile:  # nothing over the edge may be NaN
+            for _, tiles in self.parts:
+                tiles.zero_()
+        for maps, tiles in self._views():
             tiles.copy_(maps)
         return self
 
     def store(self) -> None:
-        for maps, tiles in _views(self.maps, self.data, self.tile, self.runs, self.tile):
+        for maps, tiles in self._views():
             maps.copy_(tiles)
 
+
+class _Keys:
+    """Maps (images, row classes, column classes, height, width, heads, head_dim) as overlapping column tiles.
+
+    `strips` holds for each strip a batch (images and classes and heads and tiles) of (keys, head_dim) matrices: views
+    of what strips share.
+    """
+
+    def __init__(self, maps: Tensor, plan: Plan, workspace: _Workspace, name: str):
+        *outer, height, _, heads, head_dim = maps.shape
+        self.maps, self.plan, self.workspace = maps, plan, workspace
+        self.tiles = workspace.take(name, *outer, heads, len(plan.key_starts), height, plan.span, head_dim)
+        matrices = self.tiles.view(-1, height * plan.span, head_dim)
+        self.strips = [matrices[:, strip.keys[0] * plan.span : strip.keys[1] * plan.span] for strip in plan.strips]
+
+    def load(self) -> '_Keys':
+        for maps, tiles in _views(self.maps, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.span):
+            tiles.copy_(maps)
+        return self
+
+    def zero(self) -> '_Keys':
+        self.tiles.zero_()
+        return self
+
     def fold(self) -> None:
-        """Store the sum of tiles that overlap."""
-        total = self.workspace.take('total', *self.maps.shape).zero_()
-        for maps, tiles in _views(total, self.data, self.tile, self.runs, self.tile):
+        """Store the sum of what overlaps."""
+        total = self.maps
+        if total.dtype != self.tiles.dtype:
+            total = self.workspace.take('total', *self.maps.shape)
+        total.zero_()
+        for maps, tiles in _views(total, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.tile):
             maps.add_(tiles)
-        self.maps.copy_(total)
+        if total is not self.maps:
+            self.maps.copy_(total)
 
 
 def _classes(length: int, dilation: int) -> list[tuple[int, int, int]]:
@@ -268,6 +295,11 @@ def _probabilities(query: Tensor, key: Tensor, table: Tensor | None, scale: floa
     return torch.softmax(scores, -1, out=workspace.take('probabilities', *scores.shape))
 
 
+def _product(a: Tensor, b: Tensor, workspace: _Workspace, name: str, scale: float = 1.0) -> Tensor:
+    out = workspace.take(name, a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
 def _no_autocast(x: Tensor):
     """The bodies compute in the dtype that they choose: an open autocast region would cast their products."""
     return torch.autocast(x.device.type, enabled=False)
@@ -289,15 +321,14 @@ def _forward(
         workspace = _Workspace(query, dtype)
         tables = _Tables(bias, kernel_size, query, dtype)
         for plan, (q, k, v, o) in _problems((query, key, value, output), kernel_size, dilation):
-            q = _Tiles(q, plan, 'queries', workspace, 'query').load()
-            k = _Tiles(k, plan, 'keys', workspace, 'key').load()
-            v = _Tiles(v, plan, 'keys', workspace, 'value').load()
-            for strip in plan.strips:
-                table = tables.table(plan, strip)
-                p = _probabilities(q.rows(strip.queries), k.rows(strip.keys), table, scale, workspace)
-                strip_output = _Tiles(o[:, :, :, slice(*strip.queries)], plan, 'queries', workspace, 'output')
-                torch.bmm(p, v.rows(strip.keys), out=strip_output.matrices)
-                strip_output.store()
+            q = _Queries(q, plan, workspace, 'query').load()
+            k = _Keys(k, plan, workspace, 'key').load()
+            v = _Keys(v, plan, workspace, 'value').load()
+            o = _Queries(o, plan, workspace, 'output')
+            for strip, q_, k_, v_, o_ in zip(plan.strips, q.strips, k.strips, v.strips, o.strips, strict=True):
+                p = _probabilities(q_, k_, tables.table(plan, strip), scale, workspace)
+                torch.bmm(p, v_, out=o_)
+            o.store()
     return output
 
 
@@ -327,31 +358,31 @@ def _backward(
         tables = _Tables(bias, kernel_size, query, dtype)
         maps = grad, query, key, value, *(d if d.ndim == 5 else query for d in (d_query, d_key, d_value))
         for plan, (g, q, k, v, dq, dk, dv) in _problems(maps, kernel_size, dilation):
-            g = _Tiles(g, plan, 'queries', workspace, 'grad').load()
-            q = _Tiles(q, plan, 'queries', workspace, 'query').load()
-            k = _Tiles(k, plan, 'keys', workspace, 'key').load()
-            v = _Tiles(v, plan, 'keys', workspace, 'value').load()
-            dk = _Tiles(dk, plan, 'keys', workspace, 'd_key').zero()
-            dv = _Tiles(dv, plan, 'keys', workspace, 'd_value').zero()
-            for strip in plan.strips:
-                g_rows, q_rows = g.rows(strip.queries), q.rows(strip.queries)
-                k_rows, v_rows = k.rows(strip.keys), v.rows(strip.keys)
-                p = _probabilities(q_rows, k_rows, tables.table(plan, strip), scale, workspace)
+            g = _Queries(g, plan, workspace, 'grad').load()
+            q = _Queries(q, plan, workspace, 'query').load()
+            k = _Keys(k, plan, workspace, 'key').load()
+            v = _Keys(v, plan, workspace, 'value').load()
+            dq = _Queries(dq, plan, workspace, 'd_query')
+            dk = _Keys(dk, plan, workspace, 'd_key').zero()
+            dv = _Keys(dv, plan, workspace, 'd_value').zero()
+            for i, strip in enumerate(plan.strips):
+                p = _probabilities(q.strips[i], k.strips[i], tables.table(plan, strip), scale, workspace)
                 if of_value:
-                    dv.rows(strip.keys).baddbmm_(p.mT, g_rows)
+                    dv.strips[i].add_(_product(p.mT, g.strips[i], workspace, 'product'))
                 if not (of_query or of_key or of_bias):
                     continue
-                dp = torch.bmm(g_rows, v_rows.mT, out=workspace.take('scores', *p.shape))
+                dp = torch.bmm(g.strips[i], v.strips[i].mT, out=workspace.take('scores', *p.shape))
                 ds = workspace.take('d_scores', *p.shape)
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, dtype, grad_input=ds)
                 if of_bias:
                     tables.add_gradient(plan, strip, ds)
                 if of_key:
-                    dk.rows(strip.keys).baddbmm_(ds.mT, q_rows, alpha=scale)
+                    dk.strips[i].add_(_product(ds.mT, q.strips[i], workspace, 'product', scale))
                 if of_query:
-                    strip_dq = _Tiles(dq[:, :, :, slice(*strip.queries)], plan, 'queries', workspace, 'd_query')
-                    torch.baddbmm(strip_dq.matrices, ds, k_rows, beta=0, alpha=scale, out=strip_dq.matrices)
-                    strip_dq.store()
+                    dq_ = dq.strips[i]
+                    torch.baddbmm(dq_, ds, k.strips[i], beta=0, alpha=scale, out=dq_)
+            if of_query:
+                dq.store()
             if of_key:
                 dk.fold()
             if of_value:

@@ -25,9 +25,10 @@ def param_groups(
     that factor times the next layer's, layers being counted by the model's group_matcher.
     """
     exempt = backbone.no_weight_decay() if hasattr(backbone, 'no_weight_decay') else ()
+    arguments = {'weight_decay': weight_decay, 'no_weight_decay_list': exempt}
     if layer_decay is None:
-        return [{**group, 'lr': lr} for group in param_groups_weight_decay(backbone, weight_decay, exempt)]
-    groups = param_groups_layer_decay(backbone, weight_decay, exempt, layer_decay=layer_decay)
+        return [{**group, 'lr': lr} for group in param_groups_weight_decay(backbone, **arguments)]
+    groups = param_groups_layer_decay(backbone, **arguments, layer_decay=layer_decay)
     return [
         {'params': group['params'], 'weight_decay': group['weight_decay'], 'lr': lr * group['lr_scale']}
         for group in groups

@@ -24,7 +24,6 @@ class Runner(mmengine.runner.Runner):
         return MMDistributedDataParallel(
             module=model.to(device),
             device_ids=None if device == 'cpu' else [int(os.environ['LOCAL_RANK'])],
-            broadcast_buffers=False,
             find_unused_parameters=self.cfg.get('find_unused_parameters', False),
         )
 

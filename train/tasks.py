@@ -42,6 +42,13 @@ def create_backbone(name: str, **kwargs) -> nn.Module:
         raise ValueError(f'{name} could not be made with {kwargs}: {error}') from error
 
 
+def _function(name: str):
+    function = FUNCTIONS.get(name)
+    if function is None:
+        raise ValueError(f'There is no loss {name!r}. Losses: {", ".join(sorted(FUNCTIONS.module_dict))}.')
+    return function
+
+
 @MODELS.register_module()
 class ImageClassifier(BaseModel):
     """One label an image.
@@ -64,7 +71,7 @@ class ImageClassifier(BaseModel):
         super().__init__()
         self.backbone = create_backbone(**backbone)
         loss = dict(loss)
-        self._loss = FUNCTIONS.get(loss.pop('type'))
+        self._loss = _function(loss.pop('type'))
         self._loss_arguments = loss
         self.mixup = Mixup(**mixup, num_classes=self.num_classes) if mixup else None
         stored = resolve_model_data_config(self.backbone)

@@ -6,10 +6,7 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
 )
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, end=1, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', begin=1, convert_to_iter_based=True),
-]
+param_scheduler = dict(type='WarmupCosineLR', warmup=1, convert_to_iter_based=True)
 train_cfg = dict(type='TrainLoop', max_epochs=300, val_interval=1)
 val_cfg = {}
 val_evaluator = dict(type='TopK')

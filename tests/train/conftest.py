@@ -30,7 +30,7 @@ def tiny(colours):
     """Options that make the digits' config train a tiny model on the colours."""
 
     def dataset(split, *augmentations):
-        steps = [{'type': 'Resize', 'size': (33, 31)}, *augmentations, {'type': 'PILToTensor'}]
+        steps = [{'type': 'Resize', 'size': (65, 63)}, *augmentations, {'type': 'PILToTensor'}]
         return {
             'type': 'LabelledImages',
             'root': str(colours),

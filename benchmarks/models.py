@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch.nn import functional as F
-from zoo.benchmarks.timing import interleaved, machine, peak_memory
 
 import zoo  # noqa: F401 -- registers its models with timm
+from zoo.benchmarks.timing import interleaved, machine, peak_memory
 
 BASELINE = 'resnet50'
 RESULTS = Path(__file__).parent / 'results'

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+
 from zoo.kernels import checks
 from zoo.kernels.dispatch import Operator, Problem, Verdict, chosen, possible
 from zoo.kernels.routing import reference, tiled

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from zoo.kernels import explain, routing_attention
 from zoo.kernels.routing import tiled
 

@@ -47,6 +47,11 @@ class Plan(NamedTuple):
     key_runs: tuple[Run, ...]
     strips: tuple[Strip, ...]
 
+    @property
+    def whole(self) -> bool:
+        """One tile in one strip: a dense attention."""
+        return len(self.key_starts) == len(self.strips) == 1
+
     def cost(self) -> int:
         """Estimated time in scores: products of few queries run slower, calls and copies of keys take time as well.
 
@@ -147,8 +152,12 @@ class _Tables:
     def add_gradient(self, plan: Plan, strip: Strip, scores: Tensor) -> None:
         """Add the gradient of a strip's scores, (batch and heads and tiles, queries, keys)."""
         key = plan, strip.kind
-        gradient = scores.view(-1, *self.tables[key].shape).sum(0)
-        self.gradients[key] = self.gradients[key].add_(gradient) if key in self.gradients else gradient
+        gradient = scores.view(-1, *self.tables[key].shape)
+        gradient = gradient.sum(0) if len(gradient) > 1 else gradient[0]
+        if key in self.gradients:
+            self.gradients[key].add_(gradient)
+        else:
+            self.gradients[key] = gradient.clone()
 
     def bias_gradient(self) -> Tensor:
         """(heads, entries); on the CPU in a fixed order of summation."""
@@ -175,72 +184,104 @@ class _Workspace:
         return self.taken[name, shape]
 
 
-def _views(maps: Tensor, tiles: Tensor, tile: int, runs: Sequence[Run], piece: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of one shape of maps (..., height, width, heads, d) and of tiles (..., heads, tiles, height, columns, d).
+def _views(
+    planes: Tensor, tiles: Tensor, tile: int, runs: Sequence[Run], piece: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of one shape of planes (..., height, width, d) and of tiles (..., tiles, height, columns, d).
 
-    They take `piece` columns of each tile at a time: no view of the maps overlaps itself if piece <= tile.
+    They take `piece` columns of each tile at a time: no view of the planes overlaps itself if piece <= tile. Columns
+    and head_dim are one axis in them, since copies of long rows are faster.
     """
+    d = planes.shape[-1]
+    planes, tiles = planes.flatten(-2), tiles.flatten(-2)
     for run in runs:
         for offset in range(0, run.width, piece):
-            width = min(piece, run.width - offset)
-            start = run.start + offset
-            end = start + (run.last - run.first - 1) * tile + width
-            columns = maps[..., start:end, :, :].unfold(-3, width, tile)  # (..., height, tiles, heads, d, width)
-            columns = columns.transpose(-1, -2).movedim(-5, -3).transpose(-4, -5)
-            yield columns, tiles[..., run.first : run.last, :, offset : offset + width, :]
+            width = min(piece, run.width - offset) * d
+            start = (run.start + offset) * d
+            end = start + (run.last - run.first - 1) * tile * d + width
+            columns = planes[..., start:end].unfold(-1, width, tile * d).transpose(-2, -3)
+            yield columns, tiles[..., run.first : run.last, :, offset * d : offset * d + width]
 
 
-class _Queries:
-    """Maps (images, row classes, column classes, height, width, heads, head_dim) as strips of column tiles.
+class _Maps:
+    """Maps (images, row classes, column classes, height, width, heads, d) on their way to tiles or back.
+
+    Between them stand planes (..., heads, height, width, d): each of the two copies then moves long rows.
+    """
+
+    def __init__(self, maps: Tensor, plan: Plan, workspace: _Workspace):
+        self.plan, self.workspace = plan, workspace
+        self.maps = maps.movedim(-2, 3)
+
+    def planes(self) -> Tensor:
+        return self.workspace.take('planes', *self.maps.shape)
+
+
+class _Queries(_Maps):
+    """Maps as strips of column tiles.
 
     `strips` holds for each strip a batch (images and classes and heads and tiles) of (queries, head_dim) matrices.
     """
 
     def __init__(self, maps: Tensor, plan: Plan, workspace: _Workspace, name: str):
-        *outer, height, _, heads, head_dim = maps.shape
-        self.plan, self.parts, self.strips = plan, [], []
+        super().__init__(maps, plan, workspace)
+        *outer, height, _, head_dim = self.maps.shape
+        self.parts, self.strips = [], []
         full = height - height % plan.strips[0].rows
         for first, last, rows in ((0, full, plan.strips[0].rows), (full, height, plan.strips[-1].rows)):
             if first < last:
-                shape = (last - first) // rows, *outer, heads, len(plan.key_starts), rows, plan.tile, head_dim
+                shape = (last - first) // rows, *outer, len(plan.key_starts), rows, plan.tile, head_dim
                 tiles = workspace.take(f'{name} {rows}', *shape)
-                self.parts.append((maps[:, :, :, first:last].unflatten(3, (-1, rows)).movedim(3, 0), tiles))
+                self.parts.append((slice(first, last), rows, tiles))
                 self.strips += tiles.view(shape[0], -1, rows * plan.tile, head_dim).unbind()
 
-    def _views(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for maps, tiles in self.parts:
-            yield from _views(maps, tiles, self.plan.tile, self.plan.query_runs, self.plan.tile)
+    def _views(self, planes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for part, rows, tiles in self.parts:
+            strips = planes[..., part, :, :].unflatten(-3, (-1, rows)).movedim(-4, 0)
+            yield from _views(strips, tiles, self.plan.tile, self.plan.query_runs, self.plan.tile)
 
     def load(self) -> '_Queries':
+        if self.plan.whole:
+            self.strips[0].view(self.maps.shape).copy_(self.maps)
+            return self
         if self.plan.query_runs[-1].width < self.plan.tile:  # nothing over the edge may be NaN
-            for _, tiles in self.parts:
+            for _, _, tiles in self.parts:
                 tiles.zero_()
-        for maps, tiles in self._views():
-            tiles.copy_(maps)
+        for planes, tiles in self._views(self.planes().copy_(self.maps)):
+            tiles.copy_(planes)
         return self
 
     def store(self) -> None:
-        for maps, tiles in self._views():
-            maps.copy_(tiles)
+        if self.plan.whole:
+            self.maps.copy_(self.strips[0].view(self.maps.shape))
+            return
+        stored = self.planes()
+        for planes, tiles in self._views(stored):
+            planes.copy_(tiles)
+        self.maps.copy_(stored)
 
 
-class _Keys:
-    """Maps (images, row classes, column classes, height, width, heads, head_dim) as overlapping column tiles.
+class _Keys(_Maps):
+    """Maps as overlapping column tiles.
 
     `strips` holds for each strip a batch (images and classes and heads and tiles) of (keys, head_dim) matrices: views
     of what strips share.
     """
 
     def __init__(self, maps: Tensor, plan: Plan, workspace: _Workspace, name: str):
-        *outer, height, _, heads, head_dim = maps.shape
-        self.maps, self.plan, self.workspace = maps, plan, workspace
-        self.tiles = workspace.take(name, *outer, heads, len(plan.key_starts), height, plan.span, head_dim)
+        super().__init__(maps, plan, workspace)
+        *outer, height, _, head_dim = self.maps.shape
+        self.tiles = workspace.take(name, *outer, len(plan.key_starts), height, plan.span, head_dim)
         matrices = self.tiles.view(-1, height * plan.span, head_dim)
         self.strips = [matrices[:, strip.keys[0] * plan.span : strip.keys[1] * plan.span] for strip in plan.strips]
 
     def load(self) -> '_Keys':
-        for maps, tiles in _views(self.maps, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.span):
-            tiles.copy_(maps)
+        if self.plan.whole:
+            self.tiles.view(self.maps.shape).copy_(self.maps)
+            return self
+        loaded = self.planes().copy_(self.maps)
+        for planes, tiles in _views(loaded, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.span):
+            tiles.copy_(planes)
         return self
 
     def zero(self) -> '_Keys':
@@ -249,14 +290,13 @@ class _Keys:
 
     def fold(self) -> None:
         """Store the sum of what overlaps."""
-        total = self.maps
-        if total.dtype != self.tiles.dtype:
-            total = self.workspace.take('total', *self.maps.shape)
-        total.zero_()
-        for maps, tiles in _views(total, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.tile):
-            maps.add_(tiles)
-        if total is not self.maps:
-            self.maps.copy_(total)
+        if self.plan.whole:
+            self.maps.copy_(self.tiles.view(self.maps.shape))
+            return
+        total = self.planes().zero_()
+        for planes, tiles in _views(total, self.tiles, self.plan.tile, self.plan.key_runs, self.plan.tile):
+            planes.add_(tiles)
+        self.maps.copy_(total)
 
 
 def _classes(length: int, dilation: int) -> list[tuple[int, int, int]]:

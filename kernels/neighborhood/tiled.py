@@ -9,6 +9,7 @@ README.md has the derivation.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ class Strip(NamedTuple):
     kind: tuple[int, ...]  # key rows, first key row from the first query row, start of each query row's window in them
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)  # a key by identity: hashing all of it would take longer than a small product
+class Plan:
     """How a problem of dilation 1 is cut. The last tile can reach over the map's edge with its queries."""
 
     width: int  # of the map

@@ -43,11 +43,17 @@ def prediction_grid(
     columns: int = 10,
     rows: int = 6,
 ) -> None:
-    """Images with their predicted classes; the wrong ones come first, in red frames, with both classes."""
-    order = sorted(range(len(images)), key=lambda i: predictions[i] == labels[i])[: columns * rows]
+    """Images with their predicted classes; the wrong ones come first, in red frames, with both classes.
+
+    What space is left shows right ones, evenly spread over the images.
+    """
+    wrong = [i for i in range(len(images)) if predictions[i] != labels[i]]
+    right = [i for i in range(len(images)) if predictions[i] == labels[i]]
+    space = max(0, columns * rows - len(wrong))
+    spread = np.linspace(0, len(right) - 1, min(space, len(right))).astype(int)
+    order = [*wrong[: columns * rows], *(right[i] for i in spread)]
     figure = Figure(figsize=(1.1 * columns, 1.3 * rows), layout='constrained')
-    wrong = sum(p != label for p, label in zip(predictions, labels, strict=True))
-    figure.suptitle(f'{len(images) - wrong} of {len(images)} right, {wrong} wrong')
+    figure.suptitle(f'{len(right)} of {len(images)} right, {len(wrong)} wrong')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set(xticks=[], yticks=[], frame_on=False)
     for axes, i in zip(figure.axes, order, strict=False):
@@ -74,7 +80,7 @@ def routed_regions(
     A block's map is taken to cover the image exactly: if it was padded to whole regions, they are drawn too small.
 
     Args:
-        image: the image as the model saw it, before normalization.
+        image: the image, of any size, cut to what the model saw of it.
         routes: of the images, as `BiFormer.routes` gives them: dicts of module, regions (rows, columns) and index.
         query: the place, as (y, x) in 0..1.
         path: the PNG to write.
@@ -83,7 +89,7 @@ def routed_regions(
     columns = min(4, len(routes))
     rows = -(-len(routes) // columns)
     figure = Figure(figsize=(2.8 * columns, 3 * rows), layout='constrained')
-    figure.suptitle('blue: the query region; orange: regions that it attends to, the best opaque')
+    figure.suptitle('blue: the query region; orange: regions that it attends to, stronger for better')
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, route in zip(figure.axes, routes, strict=False):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -86,34 +85,30 @@ def _pyramid(cfg, model: nn.Module, dataset: LabelledImages) -> list[tuple[str, 
 
 
 def _report(console: Console, cfg, result: TrainResult, drawn: dict[str, Path], pyramid, seconds: float) -> None:
-    reached = Table(title=f'{cfg.model.backbone.name} after {cfg.train_cfg.max_epochs} epochs, {seconds:.0f} s')
-    reached.add_column('measure')
-    reached.add_column('of 597 test images', justify='right')
+    reached = Table('measure', 'of 597 test images', title='Accuracy', title_justify='left')
     for measure, value in result.metrics.items():
         reached.add_row(measure, f'{value:.2f} %')
-
-    maps = Table(title='Feature pyramid of one 64x64 image')
-    for heading in ('stage', 'stride', 'shape (B, C, H, W)'):
-        maps.add_column(heading)
+    maps = Table(
+        'stage', 'stride', 'shape (B, C, H, W)', title='Feature pyramid of a 64x64 image', title_justify='left'
+    )
     for name, stride, shape in pyramid:
         maps.add_row(name, str(stride), str(shape))
-
-    files = Table(title='Files')
-    files.add_column('what')
-    files.add_column('where', overflow='fold')
+    files = Table('what', 'file', title=f'In {_shown(result.work_dir)}/', title_justify='left')
     named = {'training curve': result.picture, **drawn, 'weights': result.weights, 'checkpoint': result.checkpoint}
     for what, path in named.items():
-        files.add_row(what, _shown(path))
+        files.add_row(what, path.name)
+    console.print(reached, maps, files)
 
     arguments = ', '.join(f'{key}={value}' for key, value in cfg.model.backbone.items() if key != 'name')
     next_steps = (
-        f'zoo train {CONFIG} --work-dir work_dirs/mine     the same by hand; the config is the place to change things\n'
-        'zoo list                                          all models\n\n'
-        f'python: import timm, zoo\n'
-        f"        timm.create_model('{cfg.model.backbone.name}', {arguments},\n"
-        f"                          checkpoint_path='{_shown(result.weights)}')"
+        f'the same by hand   zoo train {CONFIG} --work-dir work_dirs/mine',
+        'other models       zoo list',
+        'from Python        import timm, zoo',
+        f"                   timm.create_model('{cfg.model.backbone.name}', {arguments},",
+        f"                                     checkpoint_path='{_shown(result.weights)}')",
     )
-    console.print(reached, maps, files, Panel(next_steps, title='What to try next', expand=False))
+    console.print(f'\nTrained {cfg.train_cfg.max_epochs} epochs in {seconds:.0f} s. What to try next:', highlight=False)
+    console.print(*next_steps, sep='\n', soft_wrap=True, highlight=False)
 
 
 def _shown(path: Path) -> str:

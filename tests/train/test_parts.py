@@ -86,7 +86,7 @@ def test_the_learning_rate_warms_up_linearly_and_falls_as_a_cosine():
     rates = []
     for _ in range(30):
         rates.append([group['lr'] for group in wrapper.optimizer.param_groups])
-        wrapper.optimizer.step()
+        wrapper.step()
         schedule.step()
     assert [first for first, _ in rates[:11:5]] == pytest.approx([0.1, 0.55, 1.0])
     assert rates[20][0] == pytest.approx(0.5)  # half of the cosine

@@ -25,6 +25,7 @@ class Problem(NamedTuple):
     shape: tuple | None  # of the query; None when it is not known
     compiling: bool = False  # under torch.compile
     exporting: bool = False  # under torch.export, which torch.onnx.export uses
+    options: dict[str, object] = {}  # what else the operator's choice depends on, by name
 
 
 class Verdict(NamedTuple):
@@ -74,11 +75,11 @@ class Operator:
         self.functions[implementation] = function
         self.judges[implementation] = judge
 
-    def select(self, query: torch.Tensor, implementation: str | None = None) -> Callable:
+    def select(self, query: torch.Tensor, implementation: str | None = None, **options: object) -> Callable:
         """The function to call for `query`; ValueError if `implementation`, or the one forced by `use`, cannot run."""
         exporting = torch.compiler.is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
-        problem = Problem(query.device.type, query.dtype, query.shape, compiling, exporting)
+        problem = Problem(query.device.type, query.dtype, query.shape, compiling, exporting, options)
         return self.functions[self.choose(problem, implementation)[0]]
 
     def choose(self, problem: Problem, implementation: str | None = None) -> tuple[str, str]:
@@ -141,9 +142,13 @@ def explain(
     shape: tuple | None = None,
     compiling: bool = False,
     exporting: bool = False,
+    **options: object,
 ) -> Explanation:
-    """Say which implementation of `operator` runs for such a query, and why; ValueError if none can."""
+    """Say which implementation of `operator` runs for such a query, and why; ValueError if none can.
+
+    Options are arguments of the operator on which its choice depends, as `dilation=2`.
+    """
     found = find(operator)
-    problem = Problem(torch.device(device).type, dtype, shape, compiling, exporting)
+    problem = Problem(torch.device(device).type, dtype, shape, compiling, exporting, options)
     name, reason = found.choose(problem)
     return Explanation(operator, name, reason, {each: judge(problem) for each, judge in found.judges.items()})

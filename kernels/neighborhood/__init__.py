@@ -10,6 +10,8 @@ OPERATOR = Operator('neighborhood_attention')
 
 
 def _judge_tiled(problem: Problem) -> Verdict:
+    if problem.compiling and problem.options.get('dilation', 1) not in (1, (1,), (1, 1)):
+        return chosen('in the fused definition every neighbor costs integer divisions by the dilation')
     if problem.compiling:
         return possible('one operator that the compiler does not look into')
     return chosen('the leanest in plain PyTorch')
@@ -89,7 +91,7 @@ def neighborhood_attention(
         scale = query.shape[-1] ** -0.5
 
     query, key, value = checks.autocast(query, key, value)
-    run = OPERATOR.select(query, implementation)
+    run = OPERATOR.select(query, implementation, dilation=dilation)
     if axes == 2:
         return run(query, key, value, bias, kernel_size, dilation, float(scale))
     query, key, value = (x.unsqueeze(1) for x in (query, key, value))

@@ -272,9 +272,11 @@ def test_memory_does_not_grow_with_the_neighbors():
     assert peak_memory(lambda: output_and_gradients(attention(7), tensors)) < 8 * own
 
 
-def test_the_compiler_gets_the_definition_and_everything_else_the_tiles():
+def test_the_compiler_gets_the_definition_unless_dilated_and_everything_else_the_tiles():
     assert explain('neighborhood_attention').implementation == 'tiled'
     assert explain('neighborhood_attention', compiling=True).implementation == 'reference'
+    assert explain('neighborhood_attention', compiling=True, dilation=(1, 1)).implementation == 'reference'
+    assert explain('neighborhood_attention', compiling=True, dilation=(1, 2)).implementation == 'tiled'
     assert explain('neighborhood_attention', exporting=True).implementation == 'tiled'
     assert explain('neighborhood_attention', device='meta').implementation == 'tiled'
 

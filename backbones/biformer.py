@@ -274,9 +274,9 @@ class BiFormer(Pyramid):
         return Downsample(nn.BatchNorm2d(in_chans, **dd), PaddedConv2d(in_chans, dim, 2, 2, **dd))
 
     def map_official(self, state_dict):
-        """The authors' keys to ours; their refactored code's pointwise convolutions become linears."""
+        """The authors' keys to ours; their refactored code's 1x1 convolutions become linears."""
         return {
-            key: value[:, :, 0, 0] if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+            key: value[:, :, 0, 0] if getattr(value, 'ndim', 0) == 4 and value.shape[2:] == (1, 1) else value
             for key, value in super().map_official(state_dict).items()
         }
 

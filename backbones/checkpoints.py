@@ -8,7 +8,7 @@ import torch
 
 from . import catalogue
 
-__all__ = ['CheckpointError', 'checkpoint_filter_fn']
+__all__ = ['CheckpointError', 'checkpoint_filter_fn', 'mismatches', 'rename']
 
 WRAPPERS = ('state_dict', 'model')  # what the authors' training scripts put a state dict under
 SHOWN = 10  # keys listed of each kind in an error

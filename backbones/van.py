@@ -8,6 +8,7 @@ Original code: Visual-Attention-Network/VAN-Classification (Apache-2.0).
 
 import math
 
+import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from torch import nn
 
@@ -91,7 +92,8 @@ class PatchEmbed(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x):
-        return self.norm(self.proj(x))
+        # Depthwise and pointwise convolutions run faster channels-last, in which layout all that follow stay.
+        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)))
 
 
 class VAN(Pyramid):

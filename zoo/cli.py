@@ -127,7 +127,7 @@ def train(
         _fail(ValueError(f'--cfg-options takes key=value, got {cfg_options}.'))
     try:
         train(config, work_dir=work_dir, resume=resume, cfg_options=options)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         _fail(error)
 
 

@@ -36,7 +36,7 @@ class Strip(NamedTuple):
     kind: tuple[int, ...]  # key rows, first key row from the first query row, start of each query row's window in them
 
 
-@dataclass(frozen=True, eq=False)  # a key by identity: hashing all of it would take longer than a small product
+@dataclass(frozen=True, eq=False)  # a key by identity: a look-up need not hash its contents
 class Plan:
     """How a problem of dilation 1 is cut. The last tile can reach over the map's edge with its queries."""
 

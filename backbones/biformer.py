@@ -184,7 +184,7 @@ class BiFormer(Pyramid):
             'stl_nchw', the same in the authors' refactored code, which pads elsewhere and, in the last stage, convolves
             the values: checkpoints of the two are not interchangeable.
         drop_path_rate: stochastic depth, rising linearly over all blocks.
-        in_chans, num_classes, global_pool, drop_rate, device, dtype: as timm's models.
+        base: in_chans, num_classes, global_pool and drop_rate, as for every `Pyramid`.
     """
 
     output_fmt = 'NHWC'
@@ -207,19 +207,16 @@ class BiFormer(Pyramid):
         mlp_ratio: float = 3.0,
         auto_pad: bool = True,
         layout: str = 'biformer',
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = 'avg',
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **base,
     ):
         if layout not in ('biformer', 'stl', 'stl_nchw'):
             raise ValueError(f"layout must be 'biformer', 'stl' or 'stl_nchw', got {layout!r}.")
         if any(topk < 1 and topk != GLOBAL for topk in topks):
             raise ValueError(f'topks must be positive, or {GLOBAL} for attention over the whole map, got {topks}.')
-        super().__init__(in_chans, num_classes, global_pool, drop_rate, device, dtype)
+        super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         is_nchw = layout == 'stl_nchw'
         attention_keys = self.refactored_attention_keys if is_nchw else self.official_attention_keys
@@ -232,7 +229,7 @@ class BiFormer(Pyramid):
             return BiLevelRoutingAttention(dim, n_win, topk, auto_pad, pad_input=not is_nchw, **dd)
 
         for i, dim in enumerate(dims):
-            previous = dims[i - 1] if i else in_chans
+            previous = dims[i - 1] if i else self.in_chans
             if layout == 'biformer':
                 downsample = self._overlapping_downsample(previous, dim, is_stem=i == 0, **dd)
             else:

@@ -57,7 +57,7 @@ class DiNATS(Pyramid):
         kernel_size: side of the neighborhood, odd.
         dilations: for each stage the dilation of its every second block, or a list with one a block.
         drop_path_rate: stochastic depth, rising linearly over all blocks.
-        in_chans, num_classes, global_pool, drop_rate, device, dtype: as timm's models.
+        base: in_chans, num_classes, global_pool and drop_rate, as for every `Pyramid`.
     """
 
     output_fmt = 'NHWC'
@@ -75,21 +75,18 @@ class DiNATS(Pyramid):
         num_heads=(3, 6, 12, 24),
         kernel_size: int = 7,
         dilations=(8, 4, 2, 1),
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = 'avg',
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **base,
     ):
-        super().__init__(in_chans, num_classes, global_pool, drop_rate, device, dtype)
+        super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                PatchMerging(width // 2, **dd) if i else PatchEmbed(in_chans, dim, **dd),
+                PatchMerging(width // 2, **dd) if i else PatchEmbed(self.in_chans, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, MLP_RATIO, rate, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

@@ -132,7 +132,7 @@ class NAT(Pyramid):
         dilations: for each stage the dilation of its every second block, or a list with one a block.
         layer_scale: initial value of the layer scales; none if None.
         drop_path_rate: stochastic depth, rising linearly over all blocks.
-        in_chans, num_classes, global_pool, drop_rate, device, dtype: as timm's models.
+        base: in_chans, num_classes, global_pool and drop_rate, as for every `Pyramid`.
     """
 
     output_fmt = 'NHWC'
@@ -153,21 +153,18 @@ class NAT(Pyramid):
         kernel_size: int = 7,
         dilations=(1, 1, 1, 1),
         layer_scale: float | None = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = 'avg',
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **base,
     ):
-        super().__init__(in_chans, num_classes, global_pool, drop_rate, device, dtype)
+        super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                Downsample(width // 2, **dd) if i else Tokenizer(in_chans, dim, **dd),
+                Downsample(width // 2, **dd) if i else Tokenizer(self.in_chans, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, mlp_ratio, rate, layer_scale, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

@@ -55,6 +55,13 @@ class Pyramid(nn.Module):
     that sees the image), sets `output_fmt` to the layout inside its stages, and maps its authors' checkpoints with
     `official_keys` or, where tensors change too, `map_official`.
 
+    Args:
+        in_chans: channels of the images.
+        num_classes: width of the classifier; none if 0.
+        global_pool: pooling before the classifier, as timm's ClassifierHead has it; '' for none.
+        drop_rate: dropout before the classifier.
+        device, dtype: of the parameters.
+
     Attributes that timm reads: `num_classes`, `in_chans`, `num_features` (channels of `forward_features`),
     `head_hidden_size` (width before the classifier), `feature_info`, `output_fmt`, `drop_rate`, `grad_checkpointing`.
     """

@@ -102,7 +102,7 @@ class VAN(Pyramid):
     Args:
         dims, depths, mlp_ratios: channels, blocks and expansion of each stage.
         drop_path_rate: stochastic depth, rising linearly over all blocks.
-        in_chans, num_classes, global_pool, drop_rate, device, dtype: as timm's models.
+        base: in_chans, num_classes, global_pool and drop_rate, as for every `Pyramid`.
     """
 
     first_conv = 'stages.0.downsample.proj'
@@ -119,21 +119,18 @@ class VAN(Pyramid):
         dims=(64, 128, 320, 512),
         depths=(3, 3, 12, 3),
         mlp_ratios=(8, 8, 4, 4),
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = 'avg',
-        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
+        **base,
     ):
-        super().__init__(in_chans, num_classes, global_pool, drop_rate, device, dtype)
+        super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         for i, dim in enumerate(dims):
             stride = 2 if i else 4
             self.add_stage(
-                PatchEmbed(dims[i - 1] if i else in_chans, dim, 3 if i else 7, stride, **dd),
+                PatchEmbed(dims[i - 1] if i else self.in_chans, dim, 3 if i else 7, stride, **dd),
                 [Block(dim, mlp_ratios[i], rate, **dd) for rate in rates[i]],
                 num_chs=dim,
                 stride=stride,

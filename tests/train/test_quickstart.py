@@ -26,7 +26,7 @@ def test_the_quickstart_reports_and_fails_below_the_accuracy_it_promises(tmp_pat
     printed = capsys.readouterr().out
     assert 'FAILED: top-1 is' in printed
     assert '(1, 32, 16, 16)' in printed
-    for name in ('curve.png', 'predictions.png', 'routes.png', 'model.safetensors', 'iter_24.pth'):
+    for name in ('curve.png', 'predictions.png', 'routes.png', 'model.safetensors', 'iter_48.pth'):
         assert name in printed
         assert (tmp_path / 'run' / name).stat().st_size > 0
     assert not (tmp_path / 'run' / 'iter_7.pth').exists()

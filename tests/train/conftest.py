@@ -6,6 +6,7 @@ TINY = {
     'model.loss.label_smoothing': 0.0,
     'train_cfg.max_epochs': 2,
     'val_evaluator.k': (1, 2),
+    'custom_hooks': [],
 }
 SIZE = 20  # images a class and part: of 7 a batch, 60 make 8 iterations an epoch
 

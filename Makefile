@@ -23,9 +23,8 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[test]'
 	@touch $@
 
-# Threads that spin where they wait for each other stall the whole training on a machine that is busy otherwise.
 quickstart: $(VENV)/.quickstart
-	OMP_WAIT_POLICY=PASSIVE $(RUN) -m zoo.train.quickstart
+	$(RUN) -m zoo.train.quickstart
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -26,6 +26,7 @@ QUERY = (0.45, 0.45)  # the place whose routes are drawn, as (y, x) in 0..1: on 
 
 def main() -> int:
     """Write the data, train, draw the pictures and say what came out: 0, or 1 if the accuracy is too low."""
+    torch.set_num_threads(1)  # one order of summation, so the same result each time, on a busy machine too
     console = Console()
     cfg = load_config(CONFIG)
     shutil.rmtree(cfg.work_dir, ignore_errors=True)  # of an earlier quickstart
@@ -89,7 +90,7 @@ def _report(console: Console, cfg, result: TrainResult, drawn: dict[str, Path], 
     for measure, value in result.metrics.items():
         reached.add_row(measure, f'{value:.2f} %')
     maps = Table(
-        'stage', 'stride', 'shape (B, C, H, W)', title='Feature pyramid of a 64x64 image', title_justify='left'
+        'stage', 'stride', 'shape (B, C, H, W)', title='Feature pyramid of one image', title_justify='left'
     )
     for name, stride, shape in pyramid:
         maps.add_row(name, str(stride), str(shape))

@@ -2,8 +2,9 @@
 
 zoo train quickstart/biformer_digits
 
-About 4.5 minutes on one free CPU core. One run (seed 0, one thread) reached 98.83 % top-1 on the 597 test images; the
-last digits depend on the number of threads.
+Measured by `make quickstart`, which uses one thread and so gives the same result each time: 98.83 % top-1 on the 597 test
+images (590 right) in 4.8 minutes, beside another busy process, on an AMD EPYC with torch 2.15. Other threads or seeds vary
+by a few images; the recipe was chosen among some on the same images.
 """
 
 _base_ = ['../_base_/digits.py', '../_base_/adamw_cosine.py', '../_base_/runtime.py']
@@ -15,4 +16,5 @@ model = dict(
 )
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
 train_cfg = dict(max_epochs=9)
+default_hooks = dict(checkpoint=dict(interval=3))
 custom_hooks = [dict(type='EMAHook', momentum=0.02)]  # validates, and exports, averaged weights

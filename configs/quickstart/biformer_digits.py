@@ -2,9 +2,9 @@
 
 zoo train quickstart/biformer_digits
 
-Measured by `make quickstart`, which uses one thread and so gives the same result each time: 98.83 % top-1 on the 597 test
-images (590 right) in 4.8 minutes, beside another busy process, on an AMD EPYC with torch 2.15. Other threads or seeds vary
-by a few images; the recipe was chosen among some on the same images.
+Measured by `make quickstart`, which uses one thread and so gives the same result each time: 98.83 % top-1 on the
+597 test images (590 right) in 4.8 minutes, beside another busy process, on an AMD EPYC with torch 2.15. Other threads
+or seeds vary by a few images; the recipe was chosen among some on the same images.
 """
 
 _base_ = ['../_base_/digits.py', '../_base_/adamw_cosine.py', '../_base_/runtime.py']

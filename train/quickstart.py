@@ -89,9 +89,7 @@ def _report(console: Console, cfg, result: TrainResult, drawn: dict[str, Path], 
     reached = Table('measure', 'of 597 test images', title='Accuracy', title_justify='left')
     for measure, value in result.metrics.items():
         reached.add_row(measure, f'{value:.2f} %')
-    maps = Table(
-        'stage', 'stride', 'shape (B, C, H, W)', title='Feature pyramid of one image', title_justify='left'
-    )
+    maps = Table('stage', 'stride', 'shape (B, C, H, W)', title='Feature pyramid of one image', title_justify='left')
     for name, stride, shape in pyramid:
         maps.add_row(name, str(stride), str(shape))
     files = Table('what', 'file', title=f'In {_shown(result.work_dir)}/', title_justify='left')

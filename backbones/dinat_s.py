@@ -9,27 +9,13 @@ from torch import nn
 
 from .checkpoints import checkpoint_filter_fn
 from .layers import PaddedConv2d, pad_bottom_right
-from .nat import Block, block_dilations
+from .nat import Block, Tokenizer, block_dilations
 from .pyramid import Pyramid
 from .registration import variants
 
 __all__ = ['DiNATS', 'checkpoint_filter_fn']
 
 MLP_RATIO = 4
-
-
-class PatchEmbed(nn.Module):
-    """4x4 patches and a norm. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.proj = PaddedConv2d(in_chans, dim, 4, 4, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
 class PatchMerging(nn.Module):
@@ -83,10 +69,11 @@ class DiNATS(Pyramid):
         super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        patches = PaddedConv2d(self.in_chans, dim, 4, 4, **dd)
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                PatchMerging(width // 2, **dd) if i else PatchEmbed(self.in_chans, dim, **dd),
+                PatchMerging(width // 2, **dd) if i else Tokenizer(patches, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, MLP_RATIO, rate, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

@@ -15,7 +15,7 @@ from .layers import apply_nchw, pad_bottom_right
 from .pyramid import Pyramid
 from .registration import variants
 
-__all__ = ['NAT', 'Block', 'NeighborhoodAttention', 'block_dilations', 'checkpoint_filter_fn']
+__all__ = ['NAT', 'Block', 'NeighborhoodAttention', 'Tokenizer', 'block_dilations', 'checkpoint_filter_fn']
 
 
 @register_notrace_module
@@ -83,16 +83,12 @@ class Block(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Two 3x3 convolutions of stride 2 and a norm. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
+    """A projection of the image, of stride 4, and a norm. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+    def __init__(self, proj: nn.Module, dim: int, device=None, dtype=None):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Sequential(
-            nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd),
-            nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd),
-        )
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.proj = proj
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
 
     def forward(self, x):
         x = x.contiguous(memory_format=torch.channels_last)
@@ -161,10 +157,14 @@ class NAT(Pyramid):
         super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        convolutions = nn.Sequential(
+            nn.Conv2d(self.in_chans, dim // 2, 3, 2, 1, **dd),
+            nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd),
+        )
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                Downsample(width // 2, **dd) if i else Tokenizer(self.in_chans, dim, **dd),
+                Downsample(width // 2, **dd) if i else Tokenizer(convolutions, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, mlp_ratio, rate, layer_scale, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

@@ -1,6 +1,7 @@
 """The pyramid: timm's whole contract for hierarchical backbones, written once. A family brings blocks and downsamplers.
 
     images (B, in_chans, H, W)
+      -> stem, where the family has one that is a level of its own
       -> stages.0 ... stages.n: [downsample, blocks, norm]   each a level of the feature pyramid
       -> norm -> head (pooling, dropout, classifier)
 
@@ -17,6 +18,7 @@ from .checkpoints import rename
 
 __all__ = ['Pyramid', 'Stage']
 
+STEM = r'^stem|^stages\.0\.downsample'  # parameters before the first block
 MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
 
 
@@ -51,9 +53,10 @@ class Stage(nn.Module):
 class Pyramid(nn.Module):
     """Base of the hierarchical backbones.
 
-    A subclass calls `super().__init__`, then `add_stage` once a level, then `finish`. It names `first_conv` (the module
-    that sees the image), sets `output_fmt` to the layout inside its stages, and maps its authors' checkpoints with
-    `official_keys` or, where tensors change too, `map_official`.
+    A subclass calls `super().__init__`, then `add_stem` if its stem is a level of the pyramid, then `add_stage` once a
+    level, then `finish`. It names `first_conv` (the module that sees the image), sets `output_fmt` to the layout inside
+    its stages and `out_indices` to its levels, and maps its authors' checkpoints with `official_keys` or, where tensors
+    change too, `map_official`. A head that is not pooling and a linear overrides `make_head`.
 
     Args:
         in_chans: channels of the images.
@@ -67,6 +70,7 @@ class Pyramid(nn.Module):
     """
 
     output_fmt = 'NCHW'  # layout of the maps inside and after the stages: 'NCHW' or 'NHWC'
+    out_indices = (0, 1, 2, 3)  # of the levels, that features_only gives by default
     first_conv: str
     classifier_name = 'head.fc'
     official_keys: list[tuple] = []  # (pattern, replacement) of re.sub, from the authors' keys to ours
@@ -86,8 +90,16 @@ class Pyramid(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.feature_info = []
+        self.stem = nn.Identity()
+        self.stem_levels = 0  # 1 where the stem's map is a level of the pyramid
         self.stages = nn.Sequential()
         self._head_args = {'pool_type': global_pool, 'drop_rate': drop_rate, 'device': device, 'dtype': dtype}
+
+    def add_stem(self, stem: nn.Module, num_chs: int, stride: int) -> None:
+        """Begin with a level of `num_chs` channels, `stride` times smaller than the image, that has no blocks."""
+        self.stem = stem
+        self.stem_levels = 1
+        self.feature_info.append({'num_chs': num_chs, 'reduction': stride, 'module': 'stem'})
 
     def add_stage(self, downsample, blocks, num_chs: int, stride: int, norm=None) -> None:
         """Append a level of `num_chs` channels, `stride` times smaller than the level (or the image) before it."""
@@ -101,11 +113,15 @@ class Pyramid(nn.Module):
         """Close the pyramid with its final norm and the classifier, and initialise the weights."""
         self.norm = norm or nn.Identity()
         self.num_features = self.feature_info[-1]['num_chs']
-        self.head = ClassifierHead(
-            self.num_features, self.num_classes, input_fmt=self.output_fmt, **self.__dict__.pop('_head_args')
-        )
+        self.head = self.make_head(self.num_features, self.num_classes, **self.__dict__.pop('_head_args'))
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def make_head(self, in_features: int, num_classes: int, pool_type: str, drop_rate: float, device=None, dtype=None):
+        """Pooling, dropout and classifier: a module with `fc`, `num_features` and `reset`, as timm's heads have."""
+        dd = {'device': device, 'dtype': dtype}
+        return ClassifierHead(in_features, num_classes, pool_type, drop_rate, input_fmt=self.output_fmt, **dd)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -131,6 +147,7 @@ class Pyramid(nn.Module):
     def forward_features(self, x):
         """The last level, normed and unpooled, in `output_fmt`."""
         check_images(x, self.in_chans)
+        x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)
 
@@ -161,14 +178,18 @@ class Pyramid(nn.Module):
             intermediates_only: return the list of maps alone.
         """
         assert output_fmt in ('NCHW', 'NHWC'), f'output_fmt must be NCHW or NHWC, got {output_fmt}.'
-        take, last = feature_take_indices(len(self.stages), indices)
+        first = self.stem_levels
+        take, last = feature_take_indices(first + len(self.stages), indices)
         check_images(x, self.in_chans)
         maps = []
-        stages = self.stages[: last + 1] if stop_early and not torch.jit.is_scripting() else self.stages
+        x = self.stem(x)
+        if first and 0 in take:
+            maps.append(self._to_fmt(x, output_fmt))
+        stages = self.stages[: last + 1 - first] if stop_early and not torch.jit.is_scripting() else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
             is_final = i == len(self.stages) - 1
-            if i in take:
+            if first + i in take:
                 maps.append(self._to_fmt(self.norm(x) if norm and is_final else x, output_fmt))
             if is_final and not intermediates_only:
                 x = self.norm(x)
@@ -182,9 +203,10 @@ class Pyramid(nn.Module):
 
     def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop what the chosen levels don't need; returns their indices."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        is_cut = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
+        take, last = feature_take_indices(self.stem_levels + len(self.stages), indices)
+        kept = last + 1 - self.stem_levels
+        is_cut = kept < len(self.stages)
+        self.stages = self.stages[:kept]
         if prune_norm or is_cut:
             self.norm = nn.Identity()
         if is_cut:
@@ -214,9 +236,9 @@ class Pyramid(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for layer-wise learning-rate decay: a block each, downsamplers with the block after, norms before."""
         if coarse:
-            return {'stem': r'^stages\.0\.downsample', 'blocks': [(r'^stages\.(\d+)', None), (r'^norm', (99999,))]}
+            return {'stem': STEM, 'blocks': [(r'^stages\.(\d+)', None), (r'^norm', (99999,))]}
         return {
-            'stem': r'^stages\.0\.downsample',
+            'stem': STEM,
             'blocks': [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),

@@ -54,7 +54,7 @@ def _entry_point(model_cls: type, name: str, arguments: dict, module) -> Callabl
             name,
             pretrained,
             pretrained_filter_fn=module.checkpoint_filter_fn,
-            feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
+            feature_cfg={'out_indices': model_cls.out_indices, 'feature_cls': 'getter'},
             **{**arguments, **kwargs},
         )
 

@@ -91,7 +91,7 @@ def test_the_wheel_holds_all_and_works_on_its_own(tmp_path):
     )
     (wheel,) = (tmp_path / 'dist').glob('attention_zoo-*.whl')
     names = set(zipfile.ZipFile(wheel).namelist())
-    for pattern in ('backbones/*.json', 'backbones/*.py', 'kernels/**/*.py', 'train/*.py', 'configs/**/*.py'):
+    for pattern in ('backbones/catalogue/*.json', 'backbones/*.py', 'kernels/**/*.py', 'train/*.py', 'configs/**/*.py'):
         for path in ROOT.glob(pattern):
             assert f'zoo/{path.relative_to(ROOT)}' in names
     assert not {name.split('/')[0] for name in names} - {'zoo', wheel.name.split('-py3')[0] + '.dist-info'}

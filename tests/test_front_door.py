@@ -54,7 +54,7 @@ def test_list_models_filters():
     assert zoo.list_models('van_b[01]') == ['van_b0', 'van_b1']
     assert zoo.list_models(family='dinat_s') == ['dinat_s_tiny', 'dinat_s_small', 'dinat_s_base', 'dinat_s_large']
     assert 'biformer_tiny' not in zoo.list_models(pretrained=True)
-    with pytest.raises(ValueError, match="no family 'swin'; there are biformer, van"):
+    with pytest.raises(ValueError, match="no family 'swin'; there are biformer, dinat"):
         zoo.list_models(family='swin')
 
 

@@ -35,8 +35,9 @@ def list_(
     table = Table(title=f'{len(names)} models')
     for column, justify in _COLUMNS:
         table.add_column(column, justify=justify)
+    catalogue = zoo.backbones.catalogue
     for name in names:
-        facts = zoo.backbones.catalogue.info(name)
+        facts = catalogue.info(name)
         weights = facts['weights'][0] if facts['weights'] else {}
         table.add_row(
             name,
@@ -44,7 +45,7 @@ def list_(
             f'{facts["params"] / 1e6:.1f}',
             str(facts.get('gmacs', '')),
             str(weights.get('top1', '')),
-            'download' if 'url' in weights else 'by hand' if 'page' in weights else 'none',
+            'download' if catalogue.is_downloadable(weights) else 'by hand' if 'page' in weights else 'none',
             facts['license'],
             facts['paper_id'].removeprefix('arxiv:'),
         )

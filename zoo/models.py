@@ -105,7 +105,7 @@ def list_models(pattern: str = '*', family: str | None = None, pretrained: bool 
         for name in catalogue.variant_names()
         if fnmatch.fnmatch(name, pattern)
         and family in (None, catalogue.family_of(name))
-        and (not pretrained or any('url' in entry for entry in catalogue.info(name)['weights']))
+        and (not pretrained or any(map(catalogue.is_downloadable, catalogue.info(name)['weights'])))
     ]
 
 

@@ -1,21 +1,25 @@
-"""Published facts of every variant, read once from catalogue.json; default_cfgs, `zoo.info` and the docs stand on them.
+"""Published facts of every variant; default_cfgs, `zoo.info` and the docs stand on them.
 
-catalogue.json maps a family to its paper, code, licence, preprocessing and variants. A variant has `params` (counted),
-`gmacs` (10^9 multiply-adds at its input size, as published) and `weights`, one entry a checkpoint, the default first:
-`tag`, `trained_on`, `top1` (% on ImageNet-1k validation), and `url` (direct link) or `page` (a link for a browser).
+FAMILY.json beside this file has the family's paper, code, licence, preprocessing and variants. A variant has `params`
+(counted), `gmacs` (10^9 multiply-adds at its input size, as published) and `weights`, one entry a checkpoint, the
+default first: `tag`, `trained_on`, `top1` (% on ImageNet-1k validation), and where it is: `url` (direct link),
+`hf_hub_id`, or `page` (a link for a browser). A checkpoint made for another preprocessing, input size or number of
+classes says so in its entry, which goes before what variant and family say. `origin` is 'timm' where the model is
+timm's own.
 """
 
 import functools
 import json
 from pathlib import Path
 
-__all__ = ['default_cfg', 'families', 'family_of', 'info', 'variant_names']
+__all__ = ['default_cfg', 'families', 'family_of', 'info', 'is_downloadable', 'variant_names']
 
 
 @functools.cache
 def families() -> dict[str, dict]:
-    """Family key -> its facts, in the order of the file."""
-    return json.loads(Path(__file__).with_name('catalogue.json').read_text(encoding='utf-8'))
+    """Family key -> its facts, by title."""
+    found = {path.stem: json.loads(path.read_text(encoding='utf-8')) for path in Path(__file__).parent.glob('*.json')}
+    return dict(sorted(found.items(), key=lambda item: item[1]['title'].lower()))
 
 
 @functools.cache
@@ -35,17 +39,29 @@ def family_of(name: str) -> str:
 def info(name: str) -> dict:
     """All facts of variant `name`: its own and its family's. KeyError if the catalogue has no such variant."""
     key = family_of(name)
-    family = dict(families()[key])
+    family = {'origin': 'zoo', **families()[key]}
     variant = family.pop('variants')[name]
     notes = [note for note in (family.pop('note', None), variant.get('note')) if note]
     preprocessing = {'input_size': [3, 224, 224], 'num_classes': 1000, **family.pop('preprocessing')}
     return {'name': name, 'family': key, **family, **preprocessing, **variant, 'notes': notes}
 
 
+def is_downloadable(weights: dict) -> bool:
+    """Whether `pretrained=True` can fetch this entry of `weights`."""
+    return 'url' in weights or 'hf_hub_id' in weights
+
+
 def default_cfg(name: str) -> dict[str, dict]:
     """timm's pretrained cfgs of variant `name`: 'name.tag' -> fields that don't depend on the architecture."""
     facts = info(name)
-    shared = {
+    return {f'{name}.{entry["tag"]}': _cfg(facts | entry) for entry in facts['weights'] or [{'tag': 'untrained'}]}
+
+
+def _cfg(facts: dict) -> dict:
+    optional = {key: facts[key] for key in ('hf_hub_id', 'crop_mode') if key in facts}
+    return {
+        'url': facts.get('url', ''),
+        **optional,
         'input_size': tuple(facts['input_size']),
         'num_classes': facts['num_classes'],
         'mean': tuple(facts['mean']),
@@ -57,6 +73,3 @@ def default_cfg(name: str) -> dict[str, dict]:
         'paper_name': facts['paper'],
         'origin_url': facts['code'],
     }
-    if not facts['weights']:
-        return {f'{name}.untrained': shared}
-    return {f'{name}.{entry["tag"]}': {**shared, 'url': entry.get('url', '')} for entry in facts['weights']}

@@ -10,15 +10,44 @@ import math
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from timm.models import register_notrace_module
 from torch import nn
+from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
+from .layers import pad_to_stride
 from .pyramid import Pyramid
 from .registration import variants
 
 __all__ = ['VAN', 'checkpoint_filter_fn']
 
 LAYER_SCALE = 1e-2  # section 3.3: initial value of the layer scales
+
+
+@register_notrace_module
+class DilatedDepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of odd size that dilation spreads, and padding keeps in shape. (B, C, H, W) -> same.
+
+    Eager CPU convolutions are slow when dilated. There each phase of the map (the pixels whose coordinates have one
+    remainder modulo the dilation) is convolved on its own, without dilation, which gives the same sums.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int, device=None, dtype=None):
+        reach = dilation * (kernel_size // 2)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(dim, dim, kernel_size, padding=reach, groups=dim, dilation=dilation, **dd)
+
+    def forward(self, x):
+        if torch.jit.is_scripting() or x.device.type != 'cpu' or torch.compiler.is_compiling():
+            return self._conv_forward(x, self.weight, self.bias)
+        B, C, H, W = x.shape
+        d = self.dilation[0]
+        x = pad_to_stride(x, (d, d)).permute(0, 2, 3, 1)
+        h, w = x.shape[1] // d, x.shape[2] // d
+        x = x.reshape(B, h, d, w, d, C).permute(0, 2, 4, 1, 3, 5).reshape(B * d * d, h, w, C)
+        x = F.conv2d(x.permute(0, 3, 1, 2), self.weight, self.bias, padding=self.kernel_size[0] // 2, groups=C)
+        x = x.permute(0, 2, 3, 1).reshape(B, d, d, h, w, C).permute(0, 3, 1, 4, 2, 5).reshape(B, h * d, w * d, C)
+        return x[:, :H, :W].permute(0, 3, 1, 2)
 
 
 class LargeKernelAttention(nn.Module):
@@ -28,7 +57,7 @@ class LargeKernelAttention(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv0 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
-        self.conv_spatial = nn.Conv2d(dim, dim, 7, padding=9, groups=dim, dilation=3, **dd)
+        self.conv_spatial = DilatedDepthwiseConv2d(dim, kernel_size=7, dilation=3, **dd)
         self.conv1 = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x):

@@ -1,4 +1,4 @@
-"""What the pyramid promises of every family: any size, features, timm's contract where timm's own tests don't look."""
+"""What the pyramid promises of every family, beyond what `zoo.check` and timm's own tests look at."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import timm
 import torch
-from conftest import SMALLEST, TINY, tiny
+from conftest import TINY, tiny
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 
@@ -15,7 +15,7 @@ import zoo
 from zoo.backbones import pyramid, registration
 from zoo.backbones.van import VAN
 
-SIZES = ((32, 32), (33, 47), (250, 66), (97, 224))
+SIZES = ((32, 32), (250, 66))  # beside those of zoo.check
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -25,52 +25,16 @@ def test_any_size_gives_logits_and_a_pyramid(name, size, batch):
     x = torch.randn(batch, 3, *size)
     assert tiny(name, num_classes=11).eval()(x).shape == (batch, 11)
     model = tiny(name, features_only=True).eval()
-    maps = model(x)
-    assert [y.shape[1] for y in maps] == model.feature_info.channels()
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
-    for y, stride in zip(maps, (4, 8, 16, 32), strict=True):
-        assert y.shape[2:] == tuple(math.ceil(side / stride) for side in size)
+    info = model.feature_info
+    for y, channels, stride in zip(model(x), info.channels(), info.reduction(), strict=True):
+        assert y.shape == (batch, channels, *(math.ceil(side / stride) for side in size))
 
 
 @pytest.mark.parametrize('name', TINY)
-def test_an_image_is_the_same_alone_and_in_a_batch(name):
-    model = tiny(name, dtype=torch.float64).eval()
-    x = torch.randn(3, 3, 65, 96, dtype=torch.float64)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_memory_layout_of_the_images_does_not_matter(name):
-    model = tiny(name, dtype=torch.float64).eval()
-    x = torch.randn(2, 3, 64, 65, dtype=torch.float64)
-    strided = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(model(strided), model(x), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize('name', TINY)
-@pytest.mark.parametrize('shape', [(3, 64, 64), (1, 4, 64, 64), (1, 3, 31, 64), (1, 3, 64, 16)])
-def test_bad_images_are_refused_with_their_shape(name, shape):
-    model = tiny(name).eval()
-    with pytest.raises(ValueError, match=r'Expected images .*got'):
-        model(torch.randn(shape))
-    with pytest.raises(ValueError, match=r'Expected images .*got'):
-        model.forward_intermediates(torch.randn(shape))
-
-
-@pytest.mark.parametrize('name', SMALLEST)
-def test_unknown_arguments_raise(name):
-    with pytest.raises(TypeError, match='no_such_argument'):
-        timm.create_model(name, no_such_argument=1)
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_levels_are_the_same_by_every_way(name):
+def test_levels_come_in_any_layout_and_normed(name):
     model = tiny(name).eval()
     x = torch.randn(1, 3, 64, 64)
     final, maps = model.forward_intermediates(x)
-    torch.testing.assert_close(final, model.forward_features(x))
-    early = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
-    assert torch.equal(early[0], maps[1])
     nhwc = model.forward_intermediates(x, output_fmt='NHWC', intermediates_only=True)
     assert torch.equal(nhwc[2].permute(0, 3, 1, 2), maps[2])
     normed = model.forward_intermediates(x, norm=True, intermediates_only=True, output_fmt=model.output_fmt)
@@ -78,18 +42,12 @@ def test_levels_are_the_same_by_every_way(name):
 
 
 @pytest.mark.parametrize('name', TINY)
-def test_gradient_checkpointing_recomputes_every_stage_and_changes_nothing(name):
-    model = tiny(name, dtype=torch.float64)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    model.eval()(x).sum().backward()
-    want = {key: p.grad.clone() for key, p in model.named_parameters()}
-    model.zero_grad()
+def test_gradient_checkpointing_recomputes_every_stage(name):
+    model = tiny(name)
     model.set_grad_checkpointing()
     with mock.patch.object(pyramid, 'checkpoint_seq', wraps=pyramid.checkpoint_seq) as calls:
-        model(x).sum().backward()
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert calls.call_count == len(model.stages)
-    for key, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, want[key], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('name', TINY)
@@ -114,16 +72,6 @@ def test_copies_and_saved_models_compute_the_same(name, tmp_path):
     timm.models.save_for_hf(model, tmp_path / 'saved', model_args=TINY[name])
     again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
     assert torch.equal(again(x), model(x))
-
-
-@pytest.mark.parametrize('name', TINY)
-def test_a_model_made_on_meta_can_be_filled_and_initialised(name):
-    model = tiny(name, device='meta').to_empty(device='cpu')
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            tensor.fill_(float('nan') if tensor.is_floating_point() else 0)
-    model.init_weights()
-    assert all(tensor.isfinite().all() for tensor in [*model.parameters(), *model.buffers()])
 
 
 @pytest.mark.parametrize('name', TINY)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(help='Attention-centred vision backbones for timm.', no_args_is_help=True, add_completion=False)
@@ -130,6 +131,27 @@ def train(
         train(config, work_dir=work_dir, resume=resume, cfg_options=options)
     except (OSError, ValueError, KeyError) as error:
         _fail(error)
+
+
+@app.command()
+def check(
+    name: Annotated[str, typer.Argument(help='A model of the zoo or of timm, such as van_b0.')],
+    checkpoint: Annotated[Path | None, typer.Option(help='Weights to check it with; random ones without.')] = None,
+) -> None:
+    """Whether a model keeps what the zoo promises: sizes, batches, gradients, checkpoints, features."""
+    import zoo
+
+    try:
+        with console.status('') as status:
+            report = zoo.check(name, checkpoint, advance=lambda title: status.update(f'{name}: {title} …'))
+    except (OSError, ValueError, zoo.CheckpointError) as error:
+        _fail(error)
+    table = Table('check', '', 'found', title=name)
+    for result in report.results:
+        table.add_row(result.title, '[green]ok' if result.passed else '[bold red]FAILED', escape(result.detail))
+    console.print(table)
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 _ANY_ARGUMENTS = {'allow_extra_args': True, 'ignore_unknown_options': True, 'help_option_names': []}

@@ -3,9 +3,8 @@
     python -m benchmarks.kernels                          # all
     python -m benchmarks.kernels neighborhood --rounds 5
 
-The module of an operator (neighborhood.py, routing.py) has its cases and what it is measured against:
-`measure(rounds=, progress=)` gives a report, `table(report)` shows it, and RESULTS is where it is written. Thread CPU
-time with one thread (see timing.py).
+The module of an operator (neighborhood.py, routing.py, ...) has its cases and what it is measured beside; operators.py
+says how. Without --json the figures go to results/OPERATOR.json.
 """
 
 import argparse
@@ -15,28 +14,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from zoo.benchmarks import neighborhood, routing
+from zoo.benchmarks import aggregated, neighborhood, routing, window
 
-OPERATORS = {'neighborhood': neighborhood, 'routing': routing}
+BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (neighborhood, routing, aggregated, window)}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('operator', nargs='?', choices=[*OPERATORS, 'all'], default='all')
+    parser.add_argument('operator', nargs='?', choices=[*BENCHMARKS, 'all'], default='all')
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--json', type=Path, help='file for {operator: report}; results/OPERATOR.json without it')
     args = parser.parse_args(arguments)
     reports = {}
     with Progress() as progress:
-        for name in OPERATORS if args.operator == 'all' else [args.operator]:
-            reports[name] = OPERATORS[name].measure(rounds=args.rounds, progress=progress)
-    files = {args.json: reports} if args.json else {OPERATORS[name].RESULTS: reports[name] for name in reports}
+        for name in BENCHMARKS if args.operator == 'all' else [args.operator]:
+            reports[name] = BENCHMARKS[name].measure(rounds=args.rounds, progress=progress)
+    files = {args.json: reports} if args.json else {BENCHMARKS[name].results: reports[name] for name in reports}
     console = Console()
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + '\n')
     for name, report in reports.items():
-        console.print(OPERATORS[name].table(report))
+        console.print(BENCHMARKS[name].table(report))
     console.print('written to', *map(str, files))
 
 

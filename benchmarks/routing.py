@@ -2,22 +2,16 @@
 
     python -m benchmarks.kernels routing                                  # a few minutes
 
-Float32, eager, one thread, thread CPU time, interleaved; the shapes of biformer_tiny's stages at 512 and at 224 pixels.
-Inputs are views of a packed projection, and every formulation pays for its own layout. `memory` is how far a process
-rises at the peak of forward and backward (below some 20 MiB: noise).
+Eager; the shapes of biformer_tiny's stages at 512 and at 224 pixels. Inputs are views of a packed projection, and every
+formulation pays for its own layout.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.progress import Progress
-from rich.table import Table
 
-from zoo.benchmarks.timing import interleaved, machine, peak_memory
+from zoo.benchmarks.operators import Benchmark, Calls, calls
 from zoo.kernels import routing_attention
-
-RESULTS = Path(__file__).parent / 'results' / 'routing.json'
 
 
 class Case(NamedTuple):
@@ -65,50 +59,19 @@ def reference(*arguments):
 FUNCTIONS = {'official': official, 'reference': reference, 'ours': routing_attention}
 
 
-def calls(function, case: Case, seed: int = 0):
-    """Forward, and forward and backward, of `function` on inputs of the case."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (case.batch, case.size, case.size, 3, case.heads, case.head_dim)
-    qkv = torch.randn(shape, generator=generator, requires_grad=True)
+def contenders(case: Case) -> dict[str, Calls]:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, generator=generator)
     regions = (case.size // case.region_size) ** 2
     region_index = torch.rand(case.batch, regions, regions, generator=generator).topk(case.topk).indices
-    arguments = region_index, case.region_size, (case.heads * case.head_dim) ** -0.5
 
-    @torch.inference_mode()
-    def forward():
-        return function(*qkv.unbind(3), *arguments)
+    def unpacked(function):
+        def attend(qkv, region_index):
+            return function(*qkv.unbind(3), region_index, case.region_size, (case.heads * case.head_dim) ** -0.5)
 
-    def train():
-        qkv.grad = None
-        function(*qkv.unbind(3), *arguments).square().sum().backward()
-        return qkv.grad
+        return attend
 
-    return forward, train
+    return {name: calls(unpacked(function), [qkv, region_index]) for name, function in FUNCTIONS.items()}
 
 
-def measure(cases: dict[str, Case] = CASES, rounds: int = 9, progress: Progress | None = None) -> dict:
-    """{'machine', 'cases': {name: {'case', 'functions': {name: {'forward', 'train', 'memory'}}}}}: seconds, bytes."""
-    progress = progress or Progress(disable=True)
-    found = {}
-    for name, case in progress.track(cases.items(), description='routing attention'):
-        each = {key: calls(function, case) for key, function in FUNCTIONS.items()}
-        for forward, train in each.values():
-            torch.testing.assert_close(forward(), each['ours'][0]())
-            torch.testing.assert_close(train(), each['ours'][1]())
-        forwards = interleaved({key: call[0] for key, call in each.items()}, rounds)
-        trains = interleaved({key: call[1] for key, call in each.items()}, rounds)
-        functions = {
-            key: {'forward': forwards[key], 'train': trains[key], 'memory': peak_memory(calls(FUNCTIONS[key], case)[1])}
-            for key in each
-        }
-        found[name] = {'case': case._asdict(), 'functions': functions}
-    return {'machine': machine(), 'cases': found}
-
-
-def table(report: dict) -> Table:
-    result = Table('case', 'function', 'forward ms', 'forward and backward ms', 'memory MiB', title='routing attention')
-    for name, entry in report['cases'].items():
-        for key, figures in entry['functions'].items():
-            times = (f'{figures[measure] * 1e3:.1f}' for measure in ('forward', 'train'))
-            result.add_row(name, key, *times, f'{figures["memory"] / 2**20:.0f}')
-    return result
+BENCHMARK = Benchmark('routing', CASES, contenders)

@@ -25,16 +25,21 @@ def same_device(operator: str, **tensors: Tensor) -> None:
 
 
 def per_axis(operator: str, name: str, value: int | tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """`value` as one positive int per axis; ValueError or TypeError if it is not that."""
+    """`value` as one positive int per axis, symbolic in tracing maybe; ValueError or TypeError if it is not that."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * axes
     if len(values) != axes:
         raise ValueError(f'{operator}: {name} must be an int or {axes} ints, got {value}')
     for each in values:
-        if not isinstance(each, int) or isinstance(each, bool):
+        if not isinstance(each, (int, torch.SymInt)) or isinstance(each, bool):
             raise TypeError(f'{operator}: {name} must be an int or {axes} ints, got {value!r}')
         if each < 1:
             raise ValueError(f'{operator}: {name} must be positive, got {value}')
     return values
+
+
+def autocasts(device: str) -> bool:
+    """Whether an autocast region is open for a type of device."""
+    return device != 'meta' and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +48,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     float64 stays, as everywhere in autocast.
     """
     device = tensors[0].device.type
-    if device == 'meta' or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import autocasts
+
 
 class Problem(NamedTuple):
     """What a choice may depend on. Sizes can be symbolic while a graph is traced: a comparison then specialises it."""
@@ -76,11 +78,15 @@ class Operator:
         self.judges[implementation] = judge
 
     def select(self, query: torch.Tensor, implementation: str | None = None, **options: object) -> Callable:
-        """The function to call for `query`; ValueError if `implementation`, or the one forced by `use`, cannot run."""
+        """The function to call for `query`; ValueError if `implementation`, or the one forced by `use`, cannot run.
+
+        It computes outside of an autocast region that is open here: implementations choose their dtypes themselves.
+        """
         exporting = torch.compiler.is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
         problem = Problem(query.device.type, query.dtype, query.shape, compiling, exporting, options)
-        return self.functions[self.choose(problem, implementation)[0]]
+        function = self.functions[self.choose(problem, implementation)[0]]
+        return _without_autocast(function, problem.device) if autocasts(problem.device) else function
 
     def choose(self, problem: Problem, implementation: str | None = None) -> tuple[str, str]:
         """Name of the implementation for `problem` and the reason; ValueError if there is none."""
@@ -105,6 +111,14 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def _without_autocast(function: Callable, device: str) -> Callable:
+    def run(*arguments):
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
 
 
 def find(operator: str) -> Operator:

@@ -65,7 +65,7 @@ def routing_attention(
     if region_index.dtype != torch.int64:
         raise TypeError(f'{NAME}: region_index must be int64, got {region_index.dtype}')
     checks.same_device(NAME, query=query, region_index=region_index)
-    rows, columns = region_size = _region_size(region_size)
+    rows, columns = region_size = checks.per_axis(NAME, 'region_size', region_size, 2)
     if query.ndim != 5:
         raise ValueError(
             f'{NAME}: query must be (batch, height, width, heads, head_dim), got shape {tuple(query.shape)}'
@@ -89,13 +89,3 @@ def routing_attention(
     scale = head_dim**-0.5 if scale is None else scale
     region_index = region_index[:, None] if shared else region_index
     return OPERATOR.select(query, implementation)(query, key, value, region_index, region_size, scale)
-
-
-def _region_size(value: int | tuple[int, int]) -> tuple[int, int]:
-    """`value` as (rows, columns), which may be symbolic in tracing; TypeError or ValueError if it is not that."""
-    size = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if not all(isinstance(each, (int, torch.SymInt)) and not isinstance(each, bool) for each in size):
-        raise TypeError(f'{NAME}: region_size must be an int or two ints, got {value!r}')
-    if len(size) != 2 or any(each < 1 for each in size):
-        raise ValueError(f'{NAME}: region_size must be one or two positive ints, got {value}')
-    return size

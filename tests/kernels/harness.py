@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # float64 and float32: sums of a few hundred terms, in another order. Halves: computed in float32 and rounded once, so
-# within a unit in the last place; the output that enters a gradient is rounded too, which doubles it there.
+# within a unit in the last place of the greatest value; two leave room for sums that cancel.
 TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -46,10 +46,11 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = 'output', toleran
     assert difference <= tolerance * scale, f'{what}: {difference:.2e} off at values up to {scale:.2e}'
 
 
-def output_and_gradients(function, inputs: dict[str, Tensor | None], grad_output=None, needs=None):
+def output_and_gradients(function, inputs: dict[str, Tensor | None], grad_output=None, needs=None, rounding=None):
     """(output, {name: gradient}) of function(**inputs) for `grad_output` (random when None), for the names in `needs`.
 
-    The inputs are taken with their strides: they are detached, not copied.
+    The inputs are taken with their strides: they are detached, not copied. A random `grad_output` has the values that
+    there are in the dtype `rounding`, the output's when None.
     """
     inputs = {name: None if x is None else x.detach() for name, x in inputs.items()}
     needs = [name for name, x in inputs.items() if x is not None] if needs is None else needs
@@ -59,7 +60,7 @@ def output_and_gradients(function, inputs: dict[str, Tensor | None], grad_output
     if not needs:
         return output, {}
     if grad_output is None:
-        grad_output = random(*output.shape, seed=2)
+        grad_output = random(*output.shape, seed=2).to(rounding or output.dtype)
     gradients = torch.autograd.grad(output, [inputs[name] for name in needs], grad_output.to(output.dtype))
     return output.detach(), dict(zip(needs, gradients, strict=True))
 
@@ -68,7 +69,7 @@ def assert_equal_functions(candidate, reference, inputs: dict[str, Tensor | None
     """`candidate` gives the output and every gradient that `reference` gives in float64 of the same inputs."""
     exact = {name: None if x is None else x.double() for name, x in inputs.items()}
     actual, actual_gradients = output_and_gradients(candidate, inputs, grad_output, needs)
-    expected, expected_gradients = output_and_gradients(reference, exact, grad_output, needs)
+    expected, expected_gradients = output_and_gradients(reference, exact, grad_output, needs, actual.dtype)
     assert_close(actual, expected)
     for name, gradient in actual_gradients.items():
         assert gradient.dtype == inputs[name].dtype, f'gradient of {name}: {gradient.dtype}'

@@ -1,20 +1,36 @@
-"""The benchmark of the operators measures functions that agree, and says so in a report and a table."""
+"""The benchmarks of the operators measure functions that agree, and say so in a report and a table."""
 
-from zoo.benchmarks import neighborhood
+import dataclasses
+
+import pytest
+
+from zoo.benchmarks import aggregated, neighborhood, routing, window
 from zoo.benchmarks.timing import interleaved, peak_memory
 
+SMALL = {
+    neighborhood: neighborhood.Case(2, 15, 2, dilation=2, head_dim=8),
+    routing: routing.Case(1, 8, 2, 2, 3, head_dim=8),
+    aggregated: aggregated.Case(2, 8, 2, 4, head_dim=8),
+    window: window.Case(2, 8, 2, 3, head_dim=8),
+}
 
-def test_neighborhood_attention_is_measured_beside_the_gather(monkeypatch):
-    eager = {'gather': neighborhood.gather, 'tiled': neighborhood.ours}
-    monkeypatch.setattr(neighborhood, 'contenders', lambda case: (eager, {'forward only': neighborhood.ours}))
-    report = neighborhood.measure({'small': neighborhood.Case(2, 15, 2, dilation=2, head_dim=8)}, rounds=1)
+
+@pytest.mark.parametrize('module', SMALL, ids=lambda module: module.BENCHMARK.name)
+def test_an_operator_is_measured_beside_a_baseline(module, monkeypatch):
+    monkeypatch.setattr('torch.compile', lambda function, **kwargs: function)
+
+    def contenders(case):
+        each = module.contenders(case)
+        return {**each, 'forward only': next(iter(each.values()))._replace(train=None)}
+
+    benchmark = dataclasses.replace(module.BENCHMARK, cases={'small': SMALL[module]}, contenders=contenders)
+    report = benchmark.measure(rounds=1)
     functions = report['cases']['small']['functions']
-    assert list(functions) == ['gather', 'tiled', 'forward only']
-    assert functions['tiled']['forward'] > 0
-    assert functions['tiled']['train'] > 0
-    assert functions['forward only']['train'] is None
+    assert benchmark.table(report).row_count == len(functions) > 2
+    assert all(figures['forward'] > 0 for figures in functions.values())
+    assert functions.pop('forward only')['train'] is None
+    assert all(figures['train'] > 0 for figures in functions.values())
     assert {'date', 'processor', 'versions'} <= set(report['machine'])
-    assert neighborhood.table(report).row_count == 3
 
 
 def test_times_are_cpu_time_of_every_case():

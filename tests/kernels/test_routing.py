@@ -215,7 +215,7 @@ def test_indices_out_of_range_are_refused():
         (dict(region_index=torch.zeros(1, 4, 0, dtype=torch.int64)), ValueError, r'topk.*1\.\.4, got 0'),
         (dict(region_index=torch.zeros(1, 4, 5, dtype=torch.int64)), ValueError, r'topk.*1\.\.4, got 5'),
         (dict(region_size=0), ValueError, 'positive'),
-        (dict(region_size=(3, 3, 3)), ValueError, 'positive ints'),
+        (dict(region_size=(3, 3, 3)), ValueError, 'region_size must be an int or 2 ints'),
         (dict(region_size=3.0), TypeError, r'region_size.*3\.0'),
         (dict(implementation='fastest'), ValueError, "unknown implementation 'fastest'"),
     ],

@@ -1,0 +1,117 @@
+"""Aggregated attention beside the official formulation, eager and compiled, forward and with the backward, on the CPU.
+
+    python -m benchmarks.kernels aggregated                               # some minutes
+
+The shapes of transnext_micro's stages at 512 and at 224 pixels. Inputs are views of packed projections, and every
+formulation pays for its own layout.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.benchmarks.operators import Benchmark, Calls, calls
+from zoo.kernels import aggregated_attention
+
+WINDOW_SIZE = 3
+
+
+class Case(NamedTuple):
+    batch: int
+    size: int  # height and width of the map
+    heads: int
+    pooled: int  # tokens along each side of the pooled map
+    head_dim: int = 24
+
+
+CASES = {
+    '512, stage 1': Case(1, 128, 2, 16),
+    '512, stage 2': Case(1, 64, 4, 16),
+    '512, stage 3': Case(1, 32, 8, 16),
+    '224, stage 1': Case(8, 56, 2, 7),
+    '224, stage 2': Case(8, 28, 4, 7),
+    '224, stage 3': Case(8, 14, 8, 7),
+}
+
+
+def indices(case: Case) -> Tensor:
+    """(size, pooled): the distance of each position to each cell, counted from the most negative."""
+    cell = case.size // case.pooled
+    return torch.arange(case.size)[:, None] - torch.arange(case.pooled) * cell + (case.pooled - 1) * cell
+
+
+def official(q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, token_bias, index, case):
+    """As DaiShiResearch/TransNeXt's native code: windows of keys and values unfolded, a bias of every pair gathered."""
+    B, H, W, heads, d = q.shape
+    N, P, window = H * W, case.pooled**2, WINDOW_SIZE**2
+    ones = F.pad(torch.ones(1, 1, H, W), (1, 1, 1, 1))
+    outside = F.unfold(ones, WINDOW_SIZE).mT.view(N, window) == 0
+    length = (window - outside.sum(-1, keepdim=True) + P).float().log()
+
+    q_hat = F.normalize(q.flatten(1, 2).transpose(1, 2), dim=-1)  # (B, heads, N, d)
+    scaled = (q_hat + embedding[:, None]) * temperature[:, None, None] * length
+    k, v = kv.flatten(1, 2).unbind(2)  # (B, N, heads, d)
+    kv = torch.cat([F.normalize(k, dim=-1).flatten(2), v.flatten(2)], -1).mT.view(B, -1, H, W)
+    kv = F.unfold(kv, WINDOW_SIZE, padding=1).view(B, 2 * heads, d, window, N)
+    k_local, v_local = kv.permute(0, 1, 4, 2, 3).chunk(2, 1)
+    local = (scaled[..., None, :] @ k_local).squeeze(-2) + local_bias[:, None]
+    local = local.masked_fill(outside, -torch.inf)
+
+    k_pool, v_pool = pooled_kv.unbind(2)
+    k_pool, v_pool = F.normalize(k_pool, dim=-1).transpose(1, 2), v_pool.transpose(1, 2)
+    pairs = (index[:, None, :, None] * table.shape[2] + index[:, None]).reshape(-1)
+    bias = table.flatten(1)[:, pairs].view(heads, N, P)
+    weights = torch.cat([local, scaled @ k_pool.mT + bias], -1).softmax(-1)
+    local, pooled = weights.split([window, P], -1)
+    local = (q_hat @ tokens) + token_bias[:, None] + local
+    out = (local[..., None, :] @ v_local.mT).squeeze(-2) + pooled @ v_pool
+    return out.transpose(1, 2).reshape(B, H, W, heads, d)
+
+
+def ours(q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, token_bias, index, case):
+    return aggregated_attention(
+        q,
+        *kv.unbind(3),
+        *pooled_kv.unbind(2),
+        query_embedding=embedding,
+        temperature=temperature,
+        local_bias=local_bias,
+        pooled_bias=table,
+        row_index=index,
+        column_index=index,
+        learnable_tokens=tokens,
+        learnable_bias=token_bias,
+        window_size=WINDOW_SIZE,
+    )
+
+
+def contenders(case: Case) -> dict[str, Calls]:
+    generator = torch.Generator().manual_seed(0)
+    heads, d, index = case.heads, case.head_dim, indices(case)
+    distances, cells = int(index.max()) + 1, WINDOW_SIZE**2
+    shapes = (
+        (case.batch, case.size, case.size, heads, d),
+        (case.batch, case.size, case.size, 2, heads, d),
+        (case.batch, case.pooled**2, 2, heads, d),
+        (heads, d),
+        (heads,),
+        (heads, cells),
+        (heads, distances, distances),
+        (heads, d, cells),
+        (heads, cells),
+    )
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    official_, ours_ = (partial(function, case=case) for function in (official, ours))
+    functions = {
+        'official': official_,
+        'ours': ours_,
+        'official, compiled': torch.compile(official_, dynamic=False, fullgraph=True),
+        'ours, compiled': torch.compile(ours_, dynamic=False, fullgraph=True),
+    }
+    return {name: calls(function, [*inputs, index]) for name, function in functions.items()}
+
+
+BENCHMARK = Benchmark('aggregated', CASES, contenders)

@@ -1,0 +1,99 @@
+"""Window attention beside the plain formulation and PyTorch's fused attention, forward and with backward, on the CPU.
+
+    python -m benchmarks.kernels window                                   # a few minutes
+
+Eager; the shapes of crossformer_tiny, of maxvit_tiny, whose are the same, and of crossformer_pp_small at 224 pixels.
+Inputs are views of a packed projection, and every formulation pays for its own layout.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.benchmarks.operators import Benchmark, Calls, calls
+from zoo.kernels import window_attention
+
+
+class Case(NamedTuple):
+    batch: int
+    size: int  # height and width of the map
+    heads: int
+    window_size: int
+    dilation: int = 1
+    head_dim: int = 32
+
+
+CASES = {
+    'stage 1, contiguous': Case(8, 56, 2, 7),
+    'stage 1, dilated': Case(8, 56, 2, 7, 8),
+    'stage 2, dilated': Case(8, 28, 4, 7, 4),
+    'stage 3, dilated': Case(8, 14, 8, 7, 2),
+    'stage 4': Case(8, 7, 16, 7),
+    '++, stage 1, dilated, padded': Case(8, 56, 2, 4, 4),
+    '++, stage 3': Case(8, 14, 8, 14),
+}
+
+
+def partitioned(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Window attention by `attend(query, key, value, mask)` on (windows, heads, pixels, head_dim).
+
+    As in Swin, CrossFormer and MaxViT: maps are padded to whole windows and permuted, and the mask holds the bias, and
+    a large negative number for the keys that are padding.
+    """
+
+    def function(query, key, value, bias, case):
+        B, H, W, heads, d = query.shape
+        window, dilation = case.window_size, case.dilation
+        padding = -H % (window * dilation)
+        side = (H + padding) // (window * dilation)
+
+        def windows(x, value=0.0):
+            x = F.pad(x, (0, 0, 0, 0, 0, padding, 0, padding), value=value) if padding else x
+            x = x.reshape(len(x), side, window, dilation, side, window, dilation, *x.shape[-2:])
+            return x.permute(0, 1, 3, 4, 6, 7, 2, 5, 8).reshape(-1, x.shape[-2], window**2, x.shape[-1])
+
+        mask = bias[None]
+        if padding:
+            mask = (mask + windows(bias.new_zeros(1, H, W, 1, 1), -1e6).mT).repeat(B, 1, 1, 1)
+        out = attend(windows(query), windows(key), windows(value), mask)
+        out = out.view(B, side, dilation, side, dilation, heads, window, window, d).permute(0, 1, 6, 2, 3, 7, 4, 5, 8)
+        return out.reshape(B, H + padding, W + padding, heads, d)[:, :H, :W]
+
+    return function
+
+
+@partitioned
+def plain(query, key, value, mask):
+    return (query * query.shape[-1] ** -0.5 @ key.mT + mask).softmax(-1) @ value
+
+
+@partitioned
+def sdpa(query, key, value, mask):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def ours(query, key, value, bias, case):
+    return window_attention(query, key, value, case.window_size, case.dilation, bias)
+
+
+FUNCTIONS = {'plain': plain, 'sdpa': sdpa, 'ours': ours}
+
+
+def contenders(case: Case) -> dict[str, Calls]:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, generator=generator)
+    bias = torch.randn(case.heads, case.window_size**2, case.window_size**2, generator=generator)
+
+    def unpacked(function):
+        def attend(qkv, bias):
+            return function(*qkv.unbind(3), bias, case)
+
+        return attend
+
+    return {name: calls(unpacked(function), [qkv, bias]) for name, function in FUNCTIONS.items()}
+
+
+BENCHMARK = Benchmark('window', CASES, contenders)

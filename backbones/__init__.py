@@ -1,8 +1,26 @@
 """Backbones: one family a file, on a shared pyramid. Importing this registers every variant with timm."""
 
 from .biformer import BiFormer
+from .crossformer import CrossFormer
+from .crossvit_dynamic import DynamicCrossViT
 from .dinat_s import DiNATS
+from .halonet import DynamicHaloNet, HaloNet
+from .maxvit import MaxViT
 from .nat import NAT
+from .shvit_distilled import DistilledSHViT
+from .transnext import TransNeXt
 from .van import VAN
 
-__all__ = ['NAT', 'VAN', 'BiFormer', 'DiNATS']
+__all__ = [
+    'NAT',
+    'VAN',
+    'BiFormer',
+    'CrossFormer',
+    'DiNATS',
+    'DistilledSHViT',
+    'DynamicCrossViT',
+    'DynamicHaloNet',
+    'HaloNet',
+    'MaxViT',
+    'TransNeXt',
+]

@@ -1,17 +1,21 @@
 """The authors' checkpoints into our models: key maps, and errors that say what does not fit and what would."""
 
 import re
+import sys
 from collections.abc import Mapping
 
 import timm
 import torch
 
-from . import catalogue
+from . import adopted, catalogue
 
-__all__ = ['CheckpointError', 'checkpoint_filter_fn', 'mismatches', 'rename']
+__all__ = ['CheckpointError', 'checkpoint_filter_fn', 'misfit', 'mismatches', 'rename', 'to_own_keys']
 
 WRAPPERS = ('state_dict', 'model')  # what the authors' training scripts put a state dict under
 SHOWN = 10  # keys listed of each kind in an error
+# What filters raise that meet another model's tensors.
+NOT_THEIRS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ALIKE = 0.2  # least share of a variant's keys that a checkpoint has, for its family to be a guess
 
 
 class CheckpointError(RuntimeError):
@@ -27,16 +31,61 @@ def checkpoint_filter_fn(state_dict: Mapping, model: torch.nn.Module) -> dict[st
     Raises:
         CheckpointError: tensors are missing, unknown, or of other shapes; names the family that they would fit.
     """
+    state_dict = unwrap(state_dict)
+    problem = misfit(state_dict, model)
+    if problem:
+        raise CheckpointError(problem)
+    return to_own_keys(state_dict, model)
+
+
+def unwrap(state_dict: Mapping) -> Mapping:
+    """The state dict itself, out of what the authors' training scripts save around it."""
     for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
-    mapped = model.map_official(state_dict)
-    adaptable = (model.classifier_name + '.', model.first_conv + '.')
-    problems = mismatches(mapped, model.state_dict(), lenient=adaptable)
-    if problems:
-        name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
-        raise CheckpointError(f'The checkpoint does not fit {name}: {problems}.{_suggestion(state_dict, name)}')
-    return mapped
+    return state_dict
+
+
+def to_own_keys(state_dict: Mapping, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """An official state dict under the keys of `model`, one of the zoo or of timm; the model's own pass through."""
+    if hasattr(model, 'map_official'):
+        return model.map_official(state_dict)
+    mapped = rename(state_dict, adopted.official_keys(_architecture(model)))
+    timms_filter = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if timms_filter is None:
+        return mapped
+    try:
+        return timms_filter(mapped, model)
+    except NOT_THEIRS:
+        return mapped
+
+
+def misfit(
+    state_dict: Mapping, model: torch.nn.Module, lenient: tuple[str, ...] = (), adapts_layers: bool = True
+) -> str:
+    """Why a state dict, official or own, can't be the weights of `model`, and whose it may be; '' if it can.
+
+    Keys that start with one of `lenient` may be absent or have other shapes, and so may those of the classifier and of
+    the first convolution, which timm adapts, if `adapts_layers`.
+    """
+    if adapts_layers:
+        lenient += _adaptable(model)
+    problems = mismatches(to_own_keys(state_dict, model), model.state_dict(), lenient)
+    if not problems:
+        return ''
+    name = _architecture(model) or type(model).__name__
+    return f'The checkpoint does not fit {name}: {problems}.{suggestion(state_dict, name)}'
+
+
+def _architecture(model: torch.nn.Module) -> str:
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or ''
+
+
+def _adaptable(model: torch.nn.Module) -> tuple[str, ...]:
+    """Prefixes of the keys that timm adapts to `num_classes` and `in_chans`."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    names = (cfg.get('classifier') or (), cfg.get('first_conv') or ())
+    return tuple(f'{name}.' for group in names for name in ((group,) if isinstance(group, str) else group))
 
 
 def rename(state_dict: Mapping, rules) -> dict:
@@ -76,16 +125,36 @@ def _first(keys: list[str]) -> str:
     return ', '.join(keys[:SHOWN]) + (', ...' if len(keys) > SHOWN else '')
 
 
-def _suggestion(state_dict: Mapping, name: str) -> str:
+def suggestion(state_dict: Mapping, name: str) -> str:
     """' It looks like ...' when another variant of the catalogue has exactly these tensors, else ''."""
-    for other in catalogue.variant_names():
-        if other == name or not timm.is_model(other):
-            continue
-        model = timm.create_model(other, device='meta')
-        if not hasattr(model, 'map_official'):  # timm's own model under a name that the catalogue knows too
-            continue
-        lenient = (model.classifier_name + '.', model.first_conv + '.')
-        if not mismatches(model.map_official(state_dict), model.state_dict(), lenient):
-            title = catalogue.families()[catalogue.family_of(other)]['title']
-            return f' It looks like {title}: try {other!r}.'
+    families = catalogue.families()
+    first_of = {key: next(iter(family['variants'])) for key, family in families.items()}
+    shares = {key: _share(state_dict, first) for key, first in first_of.items()}
+    for key in sorted(shares, key=shares.get, reverse=True):
+        if shares[key] < ALIKE:
+            break
+        for other in families[key]['variants']:
+            if other != name and _fits(state_dict, other):
+                return f' It looks like {families[key]["title"]}: try {other!r}.'
     return ''
+
+
+def _share(state_dict: Mapping, name: str) -> float:
+    """The share of the keys of variant `name` that the state dict has."""
+    _, given, wanted = _compared(state_dict, name)
+    return sum(key in given for key in wanted) / len(wanted)
+
+
+def _fits(state_dict: Mapping, name: str) -> bool:
+    model, given, wanted = _compared(state_dict, name)
+    return not mismatches(given, wanted, _adaptable(model))
+
+
+def _compared(state_dict: Mapping, name: str) -> tuple[torch.nn.Module, Mapping, Mapping]:
+    """Variant `name`, the state dict under its keys, and its own."""
+    model = timm.create_model(name, device='meta')
+    try:
+        given = to_own_keys(state_dict, model)
+    except NOT_THEIRS:
+        given = state_dict
+    return model, given, model.state_dict()

@@ -5,7 +5,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['BatchNorm', 'PaddedConv2d', 'apply_nchw', 'pad_bottom_right']
+__all__ = ['BatchNorm', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'pad_bottom_right']
 
 
 def apply_nchw(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +32,24 @@ class PaddedConv2d(nn.Conv2d):
 
     def forward(self, x):
         return super().forward(pad_to_stride(x, self.stride))
+
+
+@register_notrace_module
+class SameConv2d(nn.Conv2d):
+    """A convolution padded as TensorFlow's 'SAME': n -> ceil(n / stride), and the odd row or column is at the end.
+
+    `kernel_size` is square and at least `stride`, which is one number for both axes.
+    """
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int = 1, **kwargs):
+        super().__init__(in_chans, dim, kernel_size, stride, padding='same' if stride == 1 else 0, **kwargs)
+
+    def forward(self, x):
+        step, size = self.stride[0], self.kernel_size[0]
+        if step > 1:
+            rows, columns = ((side - 1) // step * step + size - side for side in x.shape[2:])
+            x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return super().forward(x)
 
 
 @register_notrace_module

@@ -212,7 +212,7 @@ class Pyramid(nn.Module):
         if is_cut:
             self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
         if prune_head or is_cut:
-            self.reset_classifier(0, '')
+            self.reset_classifier(0, '', reset_other=True)
         return take
 
     @torch.jit.ignore
@@ -226,10 +226,15 @@ class Pyramid(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier (none if 0), by default with the pooling there is."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """A new classifier (none if 0), by default with the pooling there is.
+
+        `reset_other` takes away what else has weights in the head, as a norm or a hidden layer, that could not stay
+        where the features change.
+        """
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        dd = get_device_dtype(self)
+        self.head.reset(num_classes, global_pool, reset_other=reset_other, in_features=self.num_features, **dd)
         self.head_hidden_size = self.head.num_features
 
     @torch.jit.ignore

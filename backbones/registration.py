@@ -23,15 +23,15 @@ def variants(model_cls: type, **table: dict) -> None:
 
     The functions, and timm's `default_cfgs` that the catalogue's facts make, become attributes of the module that
     defines `model_cls`, which must also hold its `checkpoint_filter_fn`. A name that timm has already is left to timm.
+
+    `model_cls` says which modules its `first_conv` and its classifier (`classifier_name`) are, a name or several, where
+    the catalogue doesn't have them from the model of timm that it extends.
     """
     module = sys.modules[model_cls.__module__]
+    fields = (('first_conv', 'first_conv'), ('classifier', 'classifier_name'))
+    layers = {field: getattr(model_cls, name) for field, name in fields if hasattr(model_cls, name)}
     cfgs = {
-        tagged: {
-            'pool_size': (7, 7),
-            'first_conv': model_cls.first_conv,
-            'classifier': model_cls.classifier_name,
-            **cfg,
-        }
+        tagged: {'pool_size': tuple(-(-side // 32) for side in cfg['input_size'][1:]), **cfg, **layers}
         for name in table
         for tagged, cfg in catalogue.default_cfg(name).items()
     }

@@ -4,7 +4,22 @@ import torch
 import zoo  # noqa: F401 -- registers the models
 
 # One variant of each family, the smallest; stl_nchw for BiFormer's other layout.
-SMALLEST = ('biformer_tiny', 'biformer_stl_nchw', 'van_b0', 'nat_mini', 'dinat_mini', 'dinat_s_tiny')
+SMALLEST = (
+    'biformer_tiny',
+    'biformer_stl_nchw',
+    'van_b0',
+    'nat_mini',
+    'dinat_mini',
+    'dinat_s_tiny',
+    'maxvit_tiny',
+    'crossformer_tiny',
+    'crossformer_pp_small',
+    'transnext_micro',
+    'halonet_h0',
+    'halonet26t_dynamic',
+    'crossvit_tiny_240_dynamic',
+    'shvit_s1_distilled',
+)
 
 # Arguments that keep a family's structure in a model small enough for a quick test.
 TINY = {
@@ -15,6 +30,11 @@ TINY = {
     'nat_mini': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
     'dinat_mini': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
     'dinat_s_tiny': dict(dim=16, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    'maxvit_tiny': dict(dims=(32, 64, 64, 96), depths=(1, 1, 2, 1), stem_dim=32),
+    'crossformer_tiny': dict(dim=32, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
+    'crossformer_pp_small': dict(dim=32, depths=(2, 2, 4, 1), num_heads=(1, 2, 2, 4)),
+    'transnext_micro': dict(dims=(24, 48, 48, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
+    'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import zoo
+from zoo.backbones import catalogue
 
 
 class Arbitrary:
@@ -152,6 +153,9 @@ def test_pretrained_without_a_direct_link_says_where_the_file_is():
 
 def test_direct_links_are_what_timm_downloads():
     for name in zoo.list_models(pretrained=True):
-        url = timm.get_pretrained_cfg(name).url
-        assert url.startswith('https://')
-        assert url == zoo.info(name)['weights'][0]['url']
+        cfg, weights = timm.get_pretrained_cfg(name), catalogue.info(name)['weights'][0]
+        if 'url' in weights:
+            assert cfg.url == weights['url']
+            assert cfg.url.startswith('https://')
+        else:
+            assert cfg.hf_hub_id == weights['hf_hub_id']

@@ -7,6 +7,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import zoo
+from zoo.backbones import catalogue
 from zoo.backbones.pyramid import Pyramid
 from zoo.backbones.van import VAN
 from zoo.cli import app
@@ -20,7 +21,7 @@ def test_family_conforms(name, title):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', zoo.list_models())
+@pytest.mark.parametrize('name', catalogue.variant_names(registered_by_zoo=True))
 def test_every_variant_conforms(name):
     report = zoo.check(name)
     assert report.passed, str(report)

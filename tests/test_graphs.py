@@ -10,11 +10,15 @@ from torch.export import Dim
 # Sizes (step, least, others to try) for which one exported graph serves, where no map needs padding.
 FREE_SIZES = {
     'van_b0': (1, 33, [(65, 64), (33, 250)]),
+    'maxvit_tiny': (1, 33, [(65, 64), (33, 250)]),
     'nat_mini': (1, 224, [(225, 224), (320, 257)]),  # the 7x7 window fits into the last map
     'dinat_mini': (1, 224, [(225, 224), (320, 257)]),
     'dinat_s_tiny': (32, 224, [(320, 224)]),  # and pixels merge two by two
     'biformer_tiny': (224, 224, [(448, 224)]),  # seven regions a side of every map
     'biformer_stl': (224, 224, [(448, 224)]),
+    'crossformer_tiny': (32, 256, [(288, 352)]),  # more than a group of every map, and patches merge two by two
+    'crossformer_pp_small': (32, 256, [(288, 352)]),
+    'transnext_micro': (32, 64, [(96, 160)]),  # pooled tokens of equal sizes
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from unittest import mock
 
 import pytest
@@ -12,7 +13,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
 
 import zoo
-from zoo.backbones import pyramid, registration
+from zoo.backbones import catalogue, pyramid, registration
 from zoo.backbones.van import VAN
 
 SIZES = ((32, 32), (250, 66))  # beside those of zoo.check
@@ -82,7 +83,7 @@ def test_layers_for_learning_rate_decay_follow_the_depth(name):
     deepest = max(layers.values())
     assert all(layers[key] == deepest for key in head)
     assert not any(layers[key] == deepest for key in layers if not key.startswith('head'))
-    assert min(layers[key] for key in layers if key.startswith('stages.0.downsample')) == 0
+    assert {layers[key] for key in layers if re.match(pyramid.STEM, key)} == {0}
     blocks = [layers[key] for key in layers if '.blocks.' in key]
     assert blocks == sorted(blocks)
     assert len({*layers.values()}) == 1 + sum(TINY[name]['depths']) + 1
@@ -130,13 +131,14 @@ def test_dilations_must_match_the_blocks():
 
 def test_no_name_shadows_one_of_timm():
     assert not zoo.shadowed()
-    for name in zoo.list_models():
+    for name in catalogue.variant_names(registered_by_zoo=True):
         assert timm.models._registry._model_entrypoints[name].__module__.startswith('zoo.backbones.')
 
 
 def test_a_name_that_timm_has_stays_timms(monkeypatch):
     taken = timm.models._registry._model_entrypoints['resnet18']
-    monkeypatch.setattr(registration.catalogue, 'default_cfg', lambda name: {f'{name}.in1k': {}})
+    cfg = {'input_size': (3, 224, 224)}
+    monkeypatch.setattr(registration.catalogue, 'default_cfg', lambda name: {f'{name}.in1k': cfg})
     monkeypatch.setattr(registration, '_shadowed', {})
     module = __import__('sys').modules[VAN.__module__]
     cfgs = module.default_cfgs

@@ -14,9 +14,20 @@ from . import backbones, kernels
 from .backbones.checkpoints import CheckpointError
 from .backbones.registration import shadowed
 from .conformance import check
+from .fuse import fuse
 from .models import create_model, info, list_models
 
-__all__ = ['CheckpointError', 'backbones', 'check', 'create_model', 'info', 'kernels', 'list_models', 'shadowed']
+__all__ = [
+    'CheckpointError',
+    'backbones',
+    'check',
+    'create_model',
+    'fuse',
+    'info',
+    'kernels',
+    'list_models',
+    'shadowed',
+]
 
 try:
     __version__ = version('attention-zoo')

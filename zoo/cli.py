@@ -12,7 +12,7 @@ from rich.table import Table
 app = typer.Typer(help='Attention-centred vision backbones for timm.', no_args_is_help=True, add_completion=False)
 bench = typer.Typer(help='Side-by-side measurements.', no_args_is_help=True)
 app.add_typer(bench, name='bench')
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 200)  # files and pipes get whole lines
 
 
 def _fail(error: Exception) -> None:
@@ -25,12 +25,13 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="A wildcard, such as 'nat_*'.")] = '*',
     family: Annotated[str | None, typer.Option(help='One family only.')] = None,
     pretrained: Annotated[bool, typer.Option('--pretrained', help='Only what pretrained=True downloads.')] = False,
+    origin: Annotated[str | None, typer.Option(help="Only 'zoo', 'timm' or 'timm, extended'.")] = None,
 ) -> None:
     """The models, with their published facts."""
     import zoo
 
     try:
-        names = zoo.list_models(pattern, family=family, pretrained=pretrained)
+        names = zoo.list_models(pattern, family=family, pretrained=pretrained, origin=origin)
     except ValueError as error:
         _fail(error)
     table = Table(title=f'{len(names)} models')
@@ -43,6 +44,7 @@ def list_(
         table.add_row(
             name,
             facts['title'],
+            facts['origin'],
             f'{facts["params"] / 1e6:.1f}',
             str(facts.get('gmacs', '')),
             str(weights.get('top1', '')),
@@ -56,6 +58,7 @@ def list_(
 _COLUMNS = (
     ('model', 'left'),
     ('family', 'left'),
+    ('origin', 'left'),
     ('params (M)', 'right'),
     ('GMACs', 'right'),
     ('top-1 (%)', 'right'),

@@ -43,7 +43,8 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x):
         _, H, W, _ = x.shape
         window = self.kernel_size * self.dilation
-        x = pad_bottom_right(x, max(H, window), max(W, window))
+        if H < window or W < window:
+            x = pad_bottom_right(x, max(H, window), max(W, window))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)
         return self.proj(x[:, :H, :W].flatten(-2))

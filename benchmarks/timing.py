@@ -5,12 +5,13 @@ hold on a shared machine. It is only the whole cost with one thread, which `inte
 pass on the CPU runs in the calling thread too.
 """
 
+import ctypes
 import datetime
+import gc
 import importlib.metadata
 import os
 import platform
 import statistics
-import struct
 import time
 from collections.abc import Callable
 
@@ -37,32 +38,23 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int = 15, warmup
 
 
 def peak_memory(case: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of a forked child rises at most while it runs `case` once (Linux).
+    """Bytes by which the resident memory of the process rises at most while it runs `case` once (Linux with glibc).
 
-    What the process already holds counts for nothing; freed heap that is reused does not count either, so figures
-    below some 20 MB are noise. RuntimeError if the child fails.
+    Free heap is given back to the system before, so that what the process holds counts for nothing. Figures below some
+    20 MB are noise.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            torch.set_num_threads(1)  # the parent's thread pool does not exist in the child
-            with open('/proc/self/clear_refs', 'w') as file:
-                file.write('5')  # resets VmHWM
-            before = _status_kib('VmRSS')
-            case()
-            os.write(writer, struct.pack('q', (_status_kib('VmHWM') - before) * 1024))
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writer)
-    with open(reader, 'rb') as pipe:
-        answer = pipe.read()
-    os.waitpid(child, 0)
-    if not answer:
-        raise RuntimeError('the measured call failed in its process')
-    return max(0, struct.unpack('q', answer)[0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')  # resets VmHWM
+        before = _status_kib('VmRSS')
+        case()
+        return max(0, (_status_kib('VmHWM') - before) * 1024)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _status_kib(key: str) -> int:

@@ -82,7 +82,7 @@ class Operator:
 
         It computes outside of an autocast region that is open here: implementations choose their dtypes themselves.
         """
-        exporting = torch.compiler.is_exporting()
+        exporting = _is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
         problem = Problem(query.device.type, query.dtype, query.shape, compiling, exporting, options)
         function = self.functions[self.choose(problem, implementation)[0]]
@@ -111,6 +111,12 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def _is_exporting() -> bool:
+    # Dynamo of torch 2.11 takes torch.compiler.is_exporting() for true in all that it traces, but not the flag behind.
+    flag = getattr(torch.compiler, '_is_exporting_flag', None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def _without_autocast(function: Callable, device: str) -> Callable:

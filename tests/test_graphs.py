@@ -56,8 +56,9 @@ def test_exports_with_free_batch_and_size(name):
         torch.testing.assert_close(program(x), model(x), rtol=1e-10, atol=1e-10)
 
 
-def test_exports_with_free_batch_where_the_size_shapes_the_graph():
-    model = tiny('biformer_stl_nchw', dtype=torch.float64).eval()
+@pytest.mark.parametrize('name', ['biformer_stl_nchw', 'halonet_h0'])
+def test_exports_with_free_batch_where_the_size_shapes_the_graph(name):
+    model = tiny(name, dtype=torch.float64).eval()
     example = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: Dim('batch', min=1, max=64)},))
     x = torch.randn(3, 3, 64, 96, dtype=torch.float64)

@@ -14,7 +14,7 @@ from . import backbones, kernels
 from .backbones.checkpoints import CheckpointError
 from .backbones.registration import shadowed
 from .conformance import check
-from .fuse import fuse
+from .fusion import fuse
 from .models import create_model, info, list_models
 
 __all__ = [

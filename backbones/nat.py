@@ -43,7 +43,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x):
         _, H, W, _ = x.shape
         window = self.kernel_size * self.dilation
-        if H < window or W < window:
+        if window > H or window > W:
             x = pad_bottom_right(x, max(H, window), max(W, window))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(3)  # (B, H, W, heads, head_dim)
         x = neighborhood_attention(q, k, v, self.kernel_size, self.dilation, bias=self.rpb)

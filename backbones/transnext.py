@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..kernels.aggregated import aggregated_attention, position_bias
 from .checkpoints import checkpoint_filter_fn
 from .layers import apply_nchw
-from .pyramid import Pyramid
+from .pyramid import MIN_SIZE, Pyramid
 from .registration import variants
 
 __all__ = ['AggregatedAttention', 'TransNeXt', 'checkpoint_filter_fn']
@@ -363,6 +363,16 @@ class TransNeXt(Pyramid):
         dtype=None,
         **base,
     ):
+        least = {
+            'pretrain_size': (pretrain_size, 64),  # the last map has two positions a side, to measure a distance by
+            'interpolation_size': (interpolation_size, MIN_SIZE),
+            'fixed_pool_size': (fixed_pool_size, 1),
+        }
+        for name, (value, limit) in least.items():
+            if value is not None and value < limit:
+                raise ValueError(f'{name} must be at least {limit}, got {value}.')
+        if window_size < 1 or window_size % 2 == 0:
+            raise ValueError(f'window_size must be odd and positive, got {window_size}.')
         super().__init__(device=device, dtype=dtype, **base)
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)

@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     shape: tuple | None  # of the query; None when it is not known
     compiling: bool = False  # under torch.compile
     exporting: bool = False  # under torch.export, which torch.onnx.export uses
+    capability: tuple[int, int] | None = None  # of a CUDA device; None where there is none to ask
     options: dict[str, object] = {}  # what else the operator's choice depends on, by name
 
 
@@ -84,7 +85,9 @@ class Operator:
         """
         exporting = _is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
-        problem = Problem(query.device.type, query.dtype, query.shape, compiling, exporting, options)
+        device = query.device
+        capability = _capability(device.index) if device.type == 'cuda' else None
+        problem = Problem(device.type, query.dtype, query.shape, compiling, exporting, capability, options)
         function = self.functions[self.choose(problem, implementation)[0]]
         return _without_autocast(function, problem.device) if autocasts(problem.device) else function
 
@@ -111,6 +114,13 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device; None where there is no such device."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.get_device_capability(index) if (index or 0) < count else None
 
 
 def _is_exporting() -> bool:
@@ -169,6 +179,8 @@ def explain(
     Options are arguments of the operator on which its choice depends, as `dilation=2`.
     """
     found = find(operator)
-    problem = Problem(torch.device(device).type, dtype, shape, compiling, exporting, options)
+    device = torch.device(device)
+    capability = _capability(device.index) if device.type == 'cuda' else None
+    problem = Problem(device.type, dtype, shape, compiling, exporting, capability, options)
     name, reason = found.choose(problem)
     return Explanation(operator, name, reason, {each: judge(problem) for each, judge in found.judges.items()})

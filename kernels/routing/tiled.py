@@ -36,7 +36,7 @@ def forward(
             o = torch.empty_like(q)
             for part, chosen in layout.problems(images):
                 scores = torch.bmm(layout.queries(q)[part], layout.gather(k, chosen).mT)
-                probabilities = torch.softmax(scores, -1, out=scores)
+                probabilities = torch.softmax(scores, -1)
                 torch.bmm(probabilities, layout.gather(v, chosen), out=layout.queries(o)[part])
             layout.write(out, images, o)
     return layout.crop(out)
@@ -64,7 +64,7 @@ def backward(
                 q_part, do_part = layout.queries(q)[part], layout.queries(do)[part]
                 k_part = layout.gather(k, chosen)
                 scores = torch.bmm(q_part, k_part.mT)
-                p = torch.softmax(scores, -1, out=scores)
+                p = torch.softmax(scores, -1)
                 layout.scatter_add(dv, chosen, torch.bmm(p.mT, do_part))
                 dp = torch.bmm(do_part, layout.gather(v, chosen).mT)
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)

@@ -257,10 +257,10 @@ class Windows:
             scores.view(-1, *table.shape).copy_(table)
         scores.baddbmm_(q, k.mT, beta=0 if table is None else 1, alpha=scale)
         if is_key is None:
-            return torch.softmax(scores, -1, out=scores)
+            return torch.softmax(scores, -1)
         is_no_key = ~is_key[chunk].reshape(-1, 1, self.pixels)
         scores.masked_fill_(is_no_key, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, -1, out=scores).masked_fill_(is_no_key, 0)
+        return torch.softmax(scores, -1).masked_fill_(is_no_key, 0)
 
 
 def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:

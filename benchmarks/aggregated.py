@@ -43,35 +43,48 @@ def indices(case: Case) -> Tensor:
     return torch.arange(case.size)[:, None] - torch.arange(case.pooled) * cell + (case.pooled - 1) * cell
 
 
-def official(q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, token_bias, index, case):
+def official(
+    query,
+    key,
+    value,
+    pooled_key,
+    pooled_value,
+    query_embedding,
+    temperature,
+    local_bias,
+    pooled_bias,
+    row_index,
+    column_index,
+    learnable_tokens,
+    learnable_bias,
+    window_size,
+):
     """As DaiShiResearch/TransNeXt's native code: windows of keys and values unfolded, a bias of every pair gathered."""
-    B, H, W, heads, d = q.shape
-    N, P, window = H * W, case.pooled**2, WINDOW_SIZE**2
-    ones = F.pad(torch.ones(1, 1, H, W), (1, 1, 1, 1))
-    outside = F.unfold(ones, WINDOW_SIZE).mT.view(N, window) == 0
+    B, H, W, heads, d = query.shape
+    N, P, window = H * W, pooled_key.shape[1], window_size**2
+    inside = query.new_ones(1, 1, H, W)
+    outside = F.unfold(inside, window_size, padding=window_size // 2).mT.view(N, window) == 0
     length = (window - outside.sum(-1, keepdim=True) + P).float().log()
 
-    q_hat = F.normalize(q.flatten(1, 2).transpose(1, 2), dim=-1)  # (B, heads, N, d)
-    scaled = (q_hat + embedding[:, None]) * temperature[:, None, None] * length
-    k, v = kv.flatten(1, 2).unbind(2)  # (B, N, heads, d)
-    kv = torch.cat([F.normalize(k, dim=-1).flatten(2), v.flatten(2)], -1).mT.view(B, -1, H, W)
-    kv = F.unfold(kv, WINDOW_SIZE, padding=1).view(B, 2 * heads, d, window, N)
+    q = F.normalize(query.flatten(1, 2).transpose(1, 2), dim=-1)  # (B, heads, N, d)
+    scaled = (q + query_embedding[:, None]) * temperature[:, None, None] * length
+    kv = torch.cat([F.normalize(key, dim=-1).flatten(3), value.flatten(3)], -1).permute(0, 3, 1, 2)
+    kv = F.unfold(kv, window_size, padding=window_size // 2).view(B, 2 * heads, d, window, N)
     k_local, v_local = kv.permute(0, 1, 4, 2, 3).chunk(2, 1)
     local = (scaled[..., None, :] @ k_local).squeeze(-2) + local_bias[:, None]
     local = local.masked_fill(outside, -torch.inf)
 
-    k_pool, v_pool = pooled_kv.unbind(2)
-    k_pool, v_pool = F.normalize(k_pool, dim=-1).transpose(1, 2), v_pool.transpose(1, 2)
-    pairs = (index[:, None, :, None] * table.shape[2] + index[:, None]).reshape(-1)
-    bias = table.flatten(1)[:, pairs].view(heads, N, P)
+    k_pool, v_pool = F.normalize(pooled_key, dim=-1).transpose(1, 2), pooled_value.transpose(1, 2)
+    pairs = (row_index[:, None, :, None] * pooled_bias.shape[2] + column_index[:, None]).reshape(-1)
+    bias = pooled_bias.flatten(1)[:, pairs].view(heads, N, P)
     weights = torch.cat([local, scaled @ k_pool.mT + bias], -1).softmax(-1)
     local, pooled = weights.split([window, P], -1)
-    local = (q_hat @ tokens) + token_bias[:, None] + local
+    local = (q @ learnable_tokens) + learnable_bias[:, None] + local
     out = (local[..., None, :] @ v_local.mT).squeeze(-2) + pooled @ v_pool
     return out.transpose(1, 2).reshape(B, H, W, heads, d)
 
 
-def ours(q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, token_bias, index, case):
+def attend(implementation, q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, token_bias, index):
     return aggregated_attention(
         q,
         *kv.unbind(3),
@@ -85,6 +98,7 @@ def ours(q, kv, pooled_kv, embedding, temperature, local_bias, table, tokens, to
         learnable_tokens=tokens,
         learnable_bias=token_bias,
         window_size=WINDOW_SIZE,
+        implementation=implementation,
     )
 
 
@@ -104,14 +118,12 @@ def contenders(case: Case) -> dict[str, Calls]:
         (heads, cells),
     )
     inputs = [torch.randn(shape, generator=generator) for shape in shapes]
-    official_, ours_ = (partial(function, case=case) for function in (official, ours))
-    functions = {
-        'official': official_,
-        'ours': ours_,
-        'official, compiled': torch.compile(official_, dynamic=False, fullgraph=True),
-        'ours, compiled': torch.compile(ours_, dynamic=False, fullgraph=True),
+    functions = {'official': partial(attend, 'official'), 'ours': partial(attend, None)}
+    functions |= {
+        f'{name}, compiled': torch.compile(function, dynamic=False, fullgraph=True)
+        for name, function in functions.items()
     }
     return {name: calls(function, [*inputs, index]) for name, function in functions.items()}
 
 
-BENCHMARK = Benchmark('aggregated', CASES, contenders)
+BENCHMARK = Benchmark('aggregated', CASES, contenders, official)

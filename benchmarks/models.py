@@ -3,14 +3,19 @@
     python -m benchmarks.models biformer_tiny nat_mini                    # 224x224, batch 8, about a minute a model
     python -m benchmarks.models biformer_tiny --size 512 --batch 1
 
-Any name that timm knows works. Float32, eager, one thread, and thread CPU time (see timing.py). `forward` is in
-torch.inference_mode and eval mode; a training step is forward, cross-entropy and backward in train mode, without an
-optimizer. `memory` is how far a fresh process rises above what it holds, model and images included, at the peak of its
-first training step: activations, their gradients and those of the parameters. Writes results/models_SIZE_BATCH.json
-beside this file, or the file that --json names.
+    python -m benchmarks.models transnext_micro transnext_micro:official
+
+Any name that timm knows works; with ':official' behind it the model's attention runs in the formulation of its authors'
+code, or in the one that anybody would write where that can't be installed (see the modules of the operators). Float32,
+eager, one thread, and thread CPU time (see timing.py). `forward` is in torch.inference_mode and eval mode; a training
+step is forward, cross-entropy and backward in train mode, without an optimizer. `memory` is how far a fresh process
+rises above what it holds, model and images included, at the peak of its first training step: activations, their
+gradients and those of the parameters. Writes results/models_SIZE_BATCH.json beside this file, or the file that --json
+names.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 from collections.abc import Callable
@@ -23,19 +28,38 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn import functional as F
 
-import zoo  # noqa: F401 -- registers its models with timm
+from zoo.benchmarks.kernels import BENCHMARKS
 from zoo.benchmarks.timing import interleaved, machine, peak_memory
+from zoo.kernels import use
 
 BASELINE = 'resnet50'
+OFFICIAL = ':official'
 RESULTS = Path(__file__).parent / 'results'
 MEASURES = {'forward': 1e3, 'train': 1e3, 'memory': 2**-20}  # to the units of the table: ms, ms, MiB
+
+
+class Formulated(torch.nn.Module):
+    """A model whose attention runs in the formulation of its authors' code."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with contextlib.ExitStack() as stack:
+            for benchmark in BENCHMARKS.values():
+                stack.enter_context(use('official', operator=f'{benchmark.name}_attention'))
+            return self.model(x)
 
 
 def build(name: str, size: int) -> torch.nn.Module:
     """A model of a timm name for images of `size`; models of one size only are told it."""
     torch.manual_seed(0)
+    is_official = name.endswith(OFFICIAL)
+    name = name.removesuffix(OFFICIAL)
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
-    return timm.create_model(name, **({'img_size': size} if fixed else {}))
+    model = timm.create_model(name, **({'img_size': size} if fixed else {}))
+    return Formulated(model) if is_official else model
 
 
 def forward(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
@@ -118,7 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--json', type=Path, help='file to write the report to')
     args = parser.parse_args(arguments)
     known = set(timm.list_models())
-    if unknown := [name for name in args.names if name.split('.')[0] not in known]:
+    if unknown := [name for name in args.names if name.removesuffix(OFFICIAL).split('.')[0] not in known]:
         parser.error(f'timm knows no model called {", ".join(unknown)}')
     with Progress() as progress:
         report = measure(args.names, args.size, args.batch, args.rounds, progress)

@@ -6,6 +6,7 @@ Eager; the shapes of biformer_tiny's stages at 512 and at 224 pixels. Inputs are
 formulation pays for its own layout.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,29 +35,28 @@ CASES = {
 
 
 def official(query, key, value, region_index, region_size, scale):
-    """As rayleizhu/BiFormer's bra_legacy.py: keys and values gathered out of a map expanded over the regions."""
+    """As rayleizhu/BiFormer's bra_legacy.py: keys and values gathered out of a map expanded over the regions.
+
+    Routes are shared by the heads, region_index (batch, 1, regions, topk), and regions divide the map.
+    """
     B, H, W, heads, d = query.shape
-    grid, pixels, topk = H // region_size, region_size**2, region_index.shape[-1]
+    rows, columns = region_size
+    grid, pixels = (H // rows, W // columns), rows * columns
+    count, topk = region_index.shape[2:]
 
     def regions(x):
-        x = x.reshape(B, grid, region_size, grid, region_size, heads * d).transpose(2, 3)
-        return x.reshape(B, grid**2, pixels, heads * d)
+        x = x.reshape(B, grid[0], rows, grid[1], columns, heads * d).transpose(2, 3)
+        return x.reshape(B, count, pixels, heads * d)
 
     kv = torch.cat([regions(key), regions(value)], -1)
-    expanded = kv[:, None].expand(-1, grid**2, -1, -1, -1)
-    k, v = expanded.gather(2, region_index[..., None, None].expand(-1, -1, -1, pixels, kv.shape[-1])).chunk(2, -1)
-    k, v = (x.reshape(B * grid**2, topk * pixels, heads, d).transpose(1, 2) for x in (k, v))
-    q = regions(query).reshape(B * grid**2, pixels, heads, d).transpose(1, 2)
+    expanded = kv[:, None].expand(-1, count, -1, -1, -1)
+    index = region_index[:, 0, :, :, None, None].expand(-1, -1, -1, pixels, kv.shape[-1])
+    k, v = expanded.gather(2, index).chunk(2, -1)
+    k, v = (x.reshape(B * count, topk * pixels, heads, d).transpose(1, 2) for x in (k, v))
+    q = regions(query).reshape(B * count, pixels, heads, d).transpose(1, 2)
     out = ((q * scale) @ k.mT).softmax(-1) @ v
-    out = out.transpose(1, 2).reshape(B, grid, grid, region_size, region_size, heads, d)
+    out = out.transpose(1, 2).reshape(B, *grid, rows, columns, heads, d)
     return out.transpose(2, 3).reshape(B, H, W, heads, d)
-
-
-def reference(*arguments):
-    return routing_attention(*arguments, implementation='reference')
-
-
-FUNCTIONS = {'official': official, 'reference': reference, 'ours': routing_attention}
 
 
 def contenders(case: Case) -> dict[str, Calls]:
@@ -65,13 +65,14 @@ def contenders(case: Case) -> dict[str, Calls]:
     regions = (case.size // case.region_size) ** 2
     region_index = torch.rand(case.batch, regions, regions, generator=generator).topk(case.topk).indices
 
-    def unpacked(function):
-        def attend(qkv, region_index):
-            return function(*qkv.unbind(3), region_index, case.region_size, (case.heads * case.head_dim) ** -0.5)
+    def attend(implementation, qkv, region_index):
+        scale = (case.heads * case.head_dim) ** -0.5
+        return routing_attention(*qkv.unbind(3), region_index, case.region_size, scale, implementation=implementation)
 
-        return attend
+    return {
+        name: calls(partial(attend, implementation), [qkv, region_index])
+        for name, implementation in (('official', 'official'), ('reference', 'reference'), ('ours', None))
+    }
 
-    return {name: calls(unpacked(function), [qkv, region_index]) for name, function in FUNCTIONS.items()}
 
-
-BENCHMARK = Benchmark('routing', CASES, contenders)
+BENCHMARK = Benchmark('routing', CASES, contenders, official)

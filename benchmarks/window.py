@@ -38,45 +38,46 @@ CASES = {
 
 
 def partitioned(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Window attention by `attend(query, key, value, mask)` on (windows, heads, pixels, head_dim).
+    """Window attention by `attend(query, key, value, mask, scale)` on (windows, heads, pixels, head_dim).
 
     As in Swin, CrossFormer and MaxViT: maps are padded to whole windows and permuted, and the mask holds the bias, and
     a large negative number for the keys that are padding.
     """
 
-    def function(query, key, value, bias, case):
+    def function(query, key, value, window_size, dilation, bias, key_mask, scale):
         B, H, W, heads, d = query.shape
-        window, dilation = case.window_size, case.dilation
-        padding = -H % (window * dilation)
-        side = (H + padding) // (window * dilation)
+        (rows, columns), (row_step, column_step) = window_size, dilation
+        bottom, right = -H % (rows * row_step), -W % (columns * column_step)
+        grid = (H + bottom) // (rows * row_step), (W + right) // (columns * column_step)
 
         def windows(x, value=0.0):
-            x = F.pad(x, (0, 0, 0, 0, 0, padding, 0, padding), value=value) if padding else x
-            x = x.reshape(len(x), side, window, dilation, side, window, dilation, *x.shape[-2:])
-            return x.permute(0, 1, 3, 4, 6, 7, 2, 5, 8).reshape(-1, x.shape[-2], window**2, x.shape[-1])
+            x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom), value=value) if bottom or right else x
+            x = x.reshape(len(x), grid[0], rows, row_step, grid[1], columns, column_step, *x.shape[-2:])
+            return x.permute(0, 1, 3, 4, 6, 7, 2, 5, 8).reshape(-1, x.shape[-2], rows * columns, x.shape[-1])
 
         mask = bias[None]
-        if padding:
+        if bottom or right:
             mask = (mask + windows(bias.new_zeros(1, H, W, 1, 1), -1e6).mT).repeat(B, 1, 1, 1)
-        out = attend(windows(query), windows(key), windows(value), mask)
-        out = out.view(B, side, dilation, side, dilation, heads, window, window, d).permute(0, 1, 6, 2, 3, 7, 4, 5, 8)
-        return out.reshape(B, H + padding, W + padding, heads, d)[:, :H, :W]
+        out = attend(windows(query), windows(key), windows(value), mask, scale)
+        out = out.view(B, grid[0], row_step, grid[1], column_step, heads, rows, columns, d)
+        out = out.permute(0, 1, 6, 2, 3, 7, 4, 5, 8).reshape(B, H + bottom, W + right, heads, d)
+        return out[:, :H, :W]
 
     return function
 
 
 @partitioned
-def plain(query, key, value, mask):
-    return (query * query.shape[-1] ** -0.5 @ key.mT + mask).softmax(-1) @ value
+def plain(query, key, value, mask, scale):
+    return (query * scale @ key.mT + mask).softmax(-1) @ value
 
 
 @partitioned
-def sdpa(query, key, value, mask):
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+def sdpa(query, key, value, mask, scale):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def ours(query, key, value, bias, case):
-    return window_attention(query, key, value, case.window_size, case.dilation, bias)
+def ours(query, key, value, window_size, dilation, bias, key_mask, scale):
+    return window_attention(query, key, value, window_size, dilation, bias, key_mask, scale)
 
 
 FUNCTIONS = {'plain': plain, 'sdpa': sdpa, 'ours': ours}
@@ -89,11 +90,12 @@ def contenders(case: Case) -> dict[str, Calls]:
 
     def unpacked(function):
         def attend(qkv, bias):
-            return function(*qkv.unbind(3), bias, case)
+            windows = (case.window_size,) * 2, (case.dilation,) * 2
+            return function(*qkv.unbind(3), *windows, bias, None, case.head_dim**-0.5)
 
         return attend
 
     return {name: calls(unpacked(function), [qkv, bias]) for name, function in FUNCTIONS.items()}
 
 
-BENCHMARK = Benchmark('window', CASES, contenders)
+BENCHMARK = Benchmark('window', CASES, contenders, plain)

@@ -11,15 +11,16 @@ from zoo.benchmarks import models
 def report(tmp_path, monkeypatch):
     monkeypatch.setattr(models, 'BASELINE', 'resnet10t')
     path = tmp_path / 'report.json'
-    models.main(['van_b0', '--size', '32', '--batch', '2', '--rounds', '1', '--json', str(path)])
+    names = ['van_b0', 'biformer_stl:official']
+    models.main([*names, '--size', '224', '--batch', '1', '--rounds', '1', '--json', str(path)])
     return json.loads(path.read_text())
 
 
 def test_models_are_measured_beside_the_baseline(report):
-    assert list(report['models']) == ['resnet10t', 'van_b0']
+    assert list(report['models']) == ['resnet10t', 'van_b0', 'biformer_stl:official']
     assert report['setting'] == {
-        'size': 32,
-        'batch': 2,
+        'size': 224,
+        'batch': 1,
         'rounds': 1,
         'dtype': 'float32',
         'threads': 1,

@@ -1,10 +1,12 @@
-"""Neighborhood attention beside the formulations there are, forward and with the backward, on the CPU.
+"""Neighborhood attention beside the formulations there are, forward and with the backward.
 
     python -m benchmarks.kernels neighborhood                             # some minutes, most of them compiling
+    python -m benchmarks.kernels neighborhood --device cuda
 
 7x7 windows and head_dim 32 at the stages of nat_mini and dinat_mini. Inputs are views of a packed projection, and every
-formulation pays for its own layout. FlexAttention has no backward on the CPU and is measured without a bias, undilated;
-natten is measured in the same cases where it is installed, forward only too.
+formulation pays for its own layout. FlexAttention and masked attention run without the bias; on the CPU FlexAttention
+has no backward and is measured undilated, on a GPU with each block size that may be its best. natten, which has dropped
+the bias, is measured where it is installed, on a GPU with each of its backends that runs.
 """
 
 import importlib.util
@@ -14,12 +16,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from zoo.benchmarks.operators import Benchmark, Calls, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, calls
 from zoo.kernels import neighborhood_attention
 from zoo.kernels.neighborhood.reference import neighbors
 
 KERNEL_SIZE = 7
+NATTEN_BACKENDS = ('blackwell-fna', 'hopper-fna', 'cutlass-fna', 'flex-fna')
 
 
 class Case(NamedTuple):
@@ -31,7 +35,7 @@ class Case(NamedTuple):
     head_dim: int = 32
 
 
-CASES = {
+CPU = {
     '56x56, one image, no bias': Case(1, 56, 2, bias=False),
     '28x28, one image, no bias': Case(1, 28, 4, bias=False),
     'NAT, stage 1': Case(8, 56, 2),
@@ -41,6 +45,15 @@ CASES = {
     'DiNAT, stage 1': Case(8, 56, 2, dilation=8),
     'DiNAT, stage 2': Case(8, 28, 4, dilation=4),
     'DiNAT, stage 3': Case(8, 14, 8, dilation=2),
+}
+CUDA = {
+    f'{side}, batch {batch}, stage {stage}{", dilated" if dilated else ""}': Case(
+        batch, side // 4 // 2**i, 2 * 2**i, dilation=side // 4 // 2**i // KERNEL_SIZE if dilated else 1
+    )
+    for side in (224, 512, 1024)
+    for batch in (1, 128)
+    for i, stage in enumerate((1, 2, 3))
+    for dilated in (False, True)
 }
 
 
@@ -61,17 +74,30 @@ def named(implementation: str, query, key, value, bias, case: Case) -> Tensor:
     return neighborhood_attention(query, key, value, KERNEL_SIZE, case.dilation, bias, implementation=implementation)
 
 
-def flex(case: Case) -> Callable:
+def dense(query, key, value, bias, case: Case) -> Tensor:
+    """Fused attention over the whole map, masked to the windows."""
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
+    index, _ = neighbors(case.size, KERNEL_SIZE, case.dilation, query.device)
+    near = torch.zeros(case.size, case.size, dtype=torch.bool, device=query.device).scatter_(1, index, True)
+    mask = (near[:, None, :, None] & near[:, None]).flatten(2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(query.shape)
+
+
+def flex(case: Case, device: str, block_size: int) -> Callable:
     """Compiled FlexAttention with the clamped window as its block mask, made once."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    radius, size = KERNEL_SIZE // 2, case.size
+    radius, size, dilation = KERNEL_SIZE // 2, case.size, case.dilation
+
+    def near(query, key):
+        length = (size - query % dilation + dilation - 1) // dilation  # of the dilation group
+        centre = (query // dilation).clamp(radius, length - 1 - radius)
+        return (query % dilation == key % dilation) & ((centre - key // dilation).abs() <= radius)
 
     def inside(batch, head, query, key):
-        rows = ((query // size).clamp(radius, size - 1 - radius) - key // size).abs() <= radius
-        return rows & (((query % size).clamp(radius, size - 1 - radius) - key % size).abs() <= radius)
+        return near(query // size, key // size) & near(query % size, key % size)
 
-    mask = create_block_mask(inside, None, None, size**2, size**2, device='cpu', BLOCK_SIZE=64)
+    mask = create_block_mask(inside, None, None, size**2, size**2, device=device, BLOCK_SIZE=block_size)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query, key, value, bias, case):
@@ -81,28 +107,35 @@ def flex(case: Case) -> Callable:
     return attend
 
 
-def natten(query, key, value, bias, case) -> Tensor:
+def natten(backend: str | None, query, key, value, bias, case) -> Tensor:
+    """NotImplementedError where the backend refuses the problem or the machine."""
     from natten import na2d
 
-    return na2d(query, key, value, KERNEL_SIZE, dilation=case.dilation)
+    try:
+        return na2d(query, key, value, KERNEL_SIZE, dilation=case.dilation, backend=backend)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise NotImplementedError(f'natten, {backend}: {error}') from error
 
 
-def contenders(case: Case) -> dict[str, Calls]:
-    functions = {
-        'gather': partial(named, 'official'),
-        'tiled': partial(named, 'tiled'),
-        'reference, compiled': torch.compile(partial(named, 'reference'), dynamic=False, fullgraph=True),
-    }
-    forward_only = {}
-    if not case.bias and case.dilation == 1:
-        forward_only['flex, compiled'] = flex(case)
-        if importlib.util.find_spec('natten'):
-            forward_only['natten'] = natten
+def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
+    is_gpu = setting.device == 'cuda'
+    ours = {'triton': 'triton'} if is_gpu else {'tiled': 'tiled'}
+    functions = {'gather': partial(named, 'official')}
+    functions |= {name: partial(named, implementation) for name, implementation in ours.items()}
+    functions['reference, compiled'] = torch.compile(partial(named, 'reference'), dynamic=False, fullgraph=True)
+    unbiased = {}
+    if is_gpu:
+        unbiased['SDPA, masked'] = dense
+        unbiased |= {f'flex {size}, compiled': flex(case, 'cuda', size) for size in (64, 128)}
+    elif not case.bias and case.dilation == 1:
+        unbiased['flex, compiled'] = flex(case, 'cpu', 64)
+    if importlib.util.find_spec('natten'):
+        backends = NATTEN_BACKENDS if is_gpu else (None,)
+        unbiased |= {f'natten {backend or ""}'.strip(): partial(natten, backend) for backend in backends}
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, generator=generator)]
-    if case.bias:
-        inputs.append(torch.randn(case.heads, 2 * KERNEL_SIZE - 1, 2 * KERNEL_SIZE - 1, generator=generator))
+    qkv = setting.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, seed=0)
+    side = 2 * KERNEL_SIZE - 1
+    bias = [setting._replace(dtype=torch.float32).randn(case.heads, side, side, seed=1)] if case.bias else []
 
     def unpacked(function):
         def attend(qkv, bias=None):
@@ -110,10 +143,15 @@ def contenders(case: Case) -> dict[str, Calls]:
 
         return attend
 
-    return {
-        name: calls(unpacked(function), inputs, has_backward=name in functions)
-        for name, function in (functions | forward_only).items()
-    }
+    found = {name: calls(unpacked(function), [qkv, *bias]) for name, function in functions.items()}
+    for name, function in unbiased.items():
+        found[name] = calls(unpacked(function), [qkv], has_backward=is_gpu, is_alike=not case.bias)
+    return found
 
 
-BENCHMARK = Benchmark('neighborhood', CASES, contenders, gather)
+def cost(case: Case, itemsize: int) -> Cost:
+    numbers = case.batch * case.size**2 * case.heads * case.head_dim
+    return Cost(4 * numbers * itemsize, 4 * numbers * KERNEL_SIZE**2)
+
+
+BENCHMARK = Benchmark('neighborhood', {'cpu': CPU, 'cuda': CUDA}, contenders, gather, cost)

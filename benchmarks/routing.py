@@ -1,9 +1,9 @@
-"""Routing attention beside the official formulation and its definition, forward and with the backward, on the CPU.
+"""Routing attention beside the official formulation and its definition, forward and with the backward.
 
     python -m benchmarks.kernels routing                                  # a few minutes
 
-Eager; the shapes of biformer_tiny's stages at 512 and at 224 pixels. Inputs are views of a packed projection, and every
-formulation pays for its own layout.
+Eager; the shapes of biformer_tiny's stages at 512 and at 224 pixels, on a GPU at larger batches. Inputs are views of
+a packed projection, and every formulation pays for its own layout.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from zoo.benchmarks.operators import Benchmark, Calls, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Setting, calls
 from zoo.kernels import routing_attention
 
 
@@ -24,13 +24,18 @@ class Case(NamedTuple):
     head_dim: int = 32
 
 
-CASES = {
+CPU = {
     '512, stage 1': Case(1, 128, 2, 16, 1),
     '512, stage 2': Case(1, 64, 4, 8, 4),
     '512, stage 3': Case(1, 32, 8, 4, 16),
     '224, stage 1': Case(8, 56, 2, 8, 1),
     '224, stage 2': Case(8, 28, 4, 4, 4),
     '224, stage 3': Case(8, 14, 8, 2, 16),
+}
+CUDA = {
+    f'{side}, batch {batch}, stage {stage}': Case(batch, side // 4 // 2**i, 2 * 2**i, side // 4 // 2**i // n_win, 4**i)
+    for side, batch, n_win in ((224, 128, 7), (512, 16, 8))
+    for i, stage in enumerate((1, 2, 3))
 }
 
 
@@ -59,11 +64,12 @@ def official(query, key, value, region_index, region_size, scale):
     return out.transpose(2, 3).reshape(B, H, W, heads, d)
 
 
-def contenders(case: Case) -> dict[str, Calls]:
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, generator=generator)
+def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
+    qkv = setting.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, seed=0)
     regions = (case.size // case.region_size) ** 2
+    generator = torch.Generator().manual_seed(1)
     region_index = torch.rand(case.batch, regions, regions, generator=generator).topk(case.topk).indices
+    region_index = region_index.to(setting.device)
 
     def attend(implementation, qkv, region_index):
         scale = (case.heads * case.head_dim) ** -0.5
@@ -75,4 +81,4 @@ def contenders(case: Case) -> dict[str, Calls]:
     }
 
 
-BENCHMARK = Benchmark('routing', CASES, contenders, official)
+BENCHMARK = Benchmark('routing', {'cpu': CPU, 'cuda': CUDA}, contenders, official)

@@ -1,4 +1,4 @@
-"""Side-by-side measurement: interleaved rounds in thread CPU time, peak memory, and the record of the machine.
+"""Side-by-side measurement: interleaved rounds, peak memory, and the record of the machine.
 
 Thread CPU time counts what the calling thread computes, whoever else uses the machine meanwhile; wall time does not
 hold on a shared machine. It is only the whole cost with one thread, which `interleaved` therefore sets. A backward
@@ -18,10 +18,16 @@ from collections.abc import Callable
 import torch
 
 
-def interleaved(cases: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of thread CPU time per call of each case, over `rounds` rounds that run every case in turn."""
+def interleaved(
+    cases: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, device: str = 'cpu'
+) -> dict[str, float]:
+    """Median seconds per call of each case, over `rounds` rounds that run every case in turn.
+
+    On the CPU thread CPU time with one thread; on a GPU the time between two events, with the cache emptied before.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    seconds = _seconds_on_gpu if device == 'cuda' else _seconds_of_thread
     try:
         for case in cases.values():
             for _ in range(warmup):
@@ -29,20 +35,52 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int = 15, warmup
         times = {name: [] for name in cases}
         for _ in range(rounds):
             for name, case in cases.items():
-                start = time.thread_time()
-                case()
-                times[name].append(time.thread_time() - start)
+                times[name].append(seconds(case))
     finally:
         torch.set_num_threads(threads)
     return {name: statistics.median(samples) for name, samples in times.items()}
 
 
-def peak_memory(case: Callable[[], object]) -> int:
-    """Bytes by which the resident memory of the process rises at most while it runs `case` once (Linux with glibc).
+def _seconds_of_thread(case: Callable[[], object]) -> float:
+    start = time.thread_time()
+    case()
+    return time.thread_time() - start
 
-    Free heap is given back to the system before, so that what the process holds counts for nothing. Figures below some
-    20 MB are noise.
+
+def _seconds_on_gpu(case: Callable[[], object]) -> float:
+    torch.empty(
+        2**26, dtype=torch.int32, device='cuda'
+    ).zero_()  # 256 MiB: more than any cache; also keeps the GPU busy
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    case()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def bounds() -> dict[str, float]:
+    """What a GPU can do: bytes per second of a copy (read and write) and operations per second of bfloat16 products."""
+    source = torch.empty(2**28, dtype=torch.float32, device='cuda')
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device='cuda') for _ in range(2))
+    seconds = interleaved({'copy': lambda: target.copy_(source), 'product': lambda: a @ b}, device='cuda')
+    return {'copy': 2 * source.nbytes / seconds['copy'], 'product': 2 * 8192**3 / seconds['product']}
+
+
+def peak_memory(case: Callable[[], object], device: str = 'cpu') -> int:
+    """Bytes by which memory rises at most while `case` runs once.
+
+    On the CPU the resident memory of the process (Linux with glibc). Free heap is given back to the system before, so
+    that what the process holds counts for nothing; figures below some 20 MB are noise. On a GPU what torch allocates.
     """
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

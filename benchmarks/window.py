@@ -1,4 +1,4 @@
-"""Window attention beside the plain formulation and PyTorch's fused attention, forward and with backward, on the CPU.
+"""Window attention beside the plain formulation and PyTorch's fused attention, forward and with backward.
 
     python -m benchmarks.kernels window                                   # a few minutes
 
@@ -9,11 +9,10 @@ Inputs are views of a packed projection, and every formulation pays for its own 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.benchmarks.operators import Benchmark, Calls, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Setting, calls
 from zoo.kernels import window_attention
 
 
@@ -26,7 +25,7 @@ class Case(NamedTuple):
     head_dim: int = 32
 
 
-CASES = {
+CPU = {
     'stage 1, contiguous': Case(8, 56, 2, 7),
     'stage 1, dilated': Case(8, 56, 2, 7, 8),
     'stage 2, dilated': Case(8, 28, 4, 7, 4),
@@ -35,6 +34,7 @@ CASES = {
     '++, stage 1, dilated, padded': Case(8, 56, 2, 4, 4),
     '++, stage 3': Case(8, 14, 8, 14),
 }
+CUDA = {name: case._replace(batch=128) for name, case in CPU.items()}
 
 
 def partitioned(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -83,10 +83,9 @@ def ours(query, key, value, window_size, dilation, bias, key_mask, scale):
 FUNCTIONS = {'plain': plain, 'sdpa': sdpa, 'ours': ours}
 
 
-def contenders(case: Case) -> dict[str, Calls]:
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, generator=generator)
-    bias = torch.randn(case.heads, case.window_size**2, case.window_size**2, generator=generator)
+def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
+    qkv = setting.randn(case.batch, case.size, case.size, 3, case.heads, case.head_dim, seed=0)
+    bias = setting.randn(case.heads, case.window_size**2, case.window_size**2, seed=1)
 
     def unpacked(function):
         def attend(qkv, bias):
@@ -98,4 +97,4 @@ def contenders(case: Case) -> dict[str, Calls]:
     return {name: calls(unpacked(function), [qkv, bias]) for name, function in FUNCTIONS.items()}
 
 
-BENCHMARK = Benchmark('window', CASES, contenders, plain)
+BENCHMARK = Benchmark('window', {'cpu': CPU, 'cuda': CUDA}, contenders, plain)

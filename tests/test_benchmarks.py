@@ -1,10 +1,12 @@
 """The benchmarks run from the command line and report what they say they do."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from zoo.benchmarks import models
+from zoo.benchmarks import report as reporting
 
 
 @pytest.fixture
@@ -38,3 +40,9 @@ def test_an_unknown_model_is_named(capsys):
     with pytest.raises(SystemExit):
         models.main(['van_b00'])
     assert 'van_b00' in capsys.readouterr().err
+
+
+def test_the_page_of_measurements_is_that_of_the_recorded_results():
+    page = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
+    assert page.read_text() == reporting.page(), 'run `zoo bench report --write`'
+    assert '| nat_mini |' in page.read_text()

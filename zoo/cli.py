@@ -110,7 +110,8 @@ def kernels(
             choice = kernels.explain(
                 operator, device=device, dtype=getattr(torch, dtype), shape=sizes, compiling=compiled
             )
-            table.add_row(operator, choice.implementation, choice.reason)
+            passed_over = [f'not {name}: {verdict.reason}' for name, verdict in choice.passed_over.items()]
+            table.add_row(operator, choice.implementation, '; '.join((choice.reason, *passed_over)))
     except (AttributeError, ValueError, RuntimeError) as error:
         _fail(error)
     console.print(table)
@@ -172,6 +173,14 @@ def bench_kernels(context: typer.Context) -> None:
 def bench_models(context: typer.Context) -> None:
     """Models as multiples of resnet50: python -m benchmarks.models."""
     from zoo.benchmarks.models import main
+
+    main(context.args)
+
+
+@bench.command('report', context_settings=_ANY_ARGUMENTS)
+def bench_report(context: typer.Context) -> None:
+    """All recorded results as tables: python -m benchmarks.report."""
+    from zoo.benchmarks.report import main
 
     main(context.args)
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 from zoo.benchmarks import aggregated, neighborhood, routing, window
 from zoo.benchmarks.timing import interleaved, peak_memory
@@ -19,11 +20,12 @@ SMALL = {
 def test_an_operator_is_measured_beside_a_baseline(module, monkeypatch):
     monkeypatch.setattr('torch.compile', lambda function, **kwargs: function)
 
-    def contenders(case):
-        each = module.contenders(case)
+    def contenders(case, setting):
+        each = module.contenders(case, setting)
         return {**each, 'forward only': next(iter(each.values()))._replace(train=None)}
 
-    benchmark = dataclasses.replace(module.BENCHMARK, cases={'small': SMALL[module]}, contenders=contenders)
+    cases = {'cpu': {'small': SMALL[module]}}
+    benchmark = dataclasses.replace(module.BENCHMARK, cases=cases, contenders=contenders)
     report = benchmark.measure(rounds=1)
     functions = report['cases']['small']['functions']
     assert benchmark.table(report).row_count == len(functions) > 2
@@ -31,6 +33,32 @@ def test_an_operator_is_measured_beside_a_baseline(module, monkeypatch):
     assert functions.pop('forward only')['train'] is None
     assert all(figures['train'] > 0 for figures in functions.values())
     assert {'date', 'processor', 'versions'} <= set(report['machine'])
+
+
+def test_what_computes_something_else_is_found_out():
+    def contenders(case, setting):
+        each = window.contenders(case, setting)
+        return {**each, 'wrong': each['ours']._replace(forward=lambda: 1.01 * each['ours'].forward())}
+
+    benchmark = dataclasses.replace(window.BENCHMARK, cases={'cpu': {'small': SMALL[window]}}, contenders=contenders)
+    with pytest.raises(RuntimeError, match="window, small: 'wrong' differs from 'plain'"):
+        benchmark.measure(rounds=1)
+
+
+def test_what_runs_out_of_memory_has_no_figures():
+    def fail():
+        raise torch.OutOfMemoryError
+
+    def contenders(case, setting):
+        each = window.contenders(case, setting)
+        return {'greedy': each['plain']._replace(forward=fail), **each}
+
+    benchmark = dataclasses.replace(window.BENCHMARK, cases={'cpu': {'small': SMALL[window]}}, contenders=contenders)
+    report = benchmark.measure(rounds=1)
+    functions = report['cases']['small']['functions']
+    assert functions['greedy'] == {'forward': None, 'train': None, 'memory': None}
+    assert functions['plain']['train'] > 0
+    assert benchmark.table(report).row_count == 4
 
 
 def test_times_are_cpu_time_of_every_case():

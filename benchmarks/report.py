@@ -1,0 +1,101 @@
+"""The recorded results as the tables of docs/benchmarks.md.
+
+    python -m benchmarks.report            # prints them
+    python -m benchmarks.report --write    # writes docs/benchmarks.md
+
+Reads every file of results/; measures nothing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from zoo.benchmarks.kernels import BENCHMARKS
+from zoo.benchmarks.models import MEASURES
+from zoo.benchmarks.operators import rows
+
+RESULTS = Path(__file__).parent / 'results'
+PAGE = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
+HEAD = """# Measurements
+
+Written by `zoo bench report --write` from the files in `benchmarks/results/`; each section has the command that
+measures it again. On the CPU times are thread CPU time of one thread, interleaved, so that other work on the machine
+counts for little.
+"""
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A table; cells after the first are aligned to the right."""
+    rule = ['---'] + ['---:'] * (len(header) - 1)
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in (header, rule, *lines))
+
+
+def on_machine(machine: dict) -> str:
+    place = machine['accelerator'] or f'{machine["processor"]} ({machine["capability"]})'
+    versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items() if version)
+    return f'{place}, Python {machine["python"]}, {versions}, {machine["date"][:10]}'
+
+
+def operator_section(name: str, device: str, report: dict) -> str:
+    header = ['case', 'function', 'forward, ms', 'times faster', 'with backward, ms', 'times faster', 'MiB']
+    bounds = report.get('bounds')
+    if bounds:
+        header += ['of the copy rate', 'of the product rate']
+    lines = []
+    for case, entry in report['cases'].items():
+        for function, cells in rows(entry):
+            line = [case, function, *cells]
+            seconds = entry['functions'][function]['forward']
+            if bounds and entry.get('cost') and seconds:
+                line += [f'{entry["cost"]["bytes"] / seconds / bounds["copy"]:.0%}']
+                line += [f'{entry["cost"]["operations"] / seconds / bounds["product"]:.0%}']
+            lines.append(line + [''] * (len(header) - len(line)))
+    option = '' if device == 'cpu' else f' --device {device}'
+    title = f'## {name.capitalize()} attention on {"the CPU" if device == "cpu" else "a GPU"}'
+    command = f'`python -m benchmarks.kernels {name}{option}`: {on_machine(report["machine"])}.'
+    command += ' Times faster than the first line of a case that runs.'
+    return '\n\n'.join((title, command, markdown(header, lines)))
+
+
+def models_section(report: dict) -> str:
+    setting = report['setting']
+    size, batch = setting['size'], setting['batch']
+    lines = [
+        [name, f'{figures["parameters"] / 1e6:.1f}', *(f'{figures["relative"][measure]:.2f}' for measure in MEASURES)]
+        for name, figures in report['models'].items()
+    ]
+    names = ' '.join(name for name in report['models'] if name != setting['baseline'])
+    title = f'## Models on the CPU: {size}x{size}, batch {batch}'
+    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}`: {on_machine(report["machine"])}.'
+    command += f' Multiples of {setting["baseline"]}; `:official` is the same model with its attention in the'
+    command += " formulation of its authors' code."
+    header = ['model', 'parameters, M', 'forward', 'training step', 'memory']
+    return '\n\n'.join((title, command, markdown(header, lines)))
+
+
+def page() -> str:
+    """docs/benchmarks.md, from what is recorded."""
+    sections = [HEAD.strip()]
+    for device in ('cpu', 'cuda'):
+        for name, benchmark in BENCHMARKS.items():
+            path = benchmark.results(device)
+            if path.exists():
+                sections.append(operator_section(name, device, json.loads(path.read_text())))
+    sections += [models_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('models_*.json'))]
+    return '\n\n'.join(sections) + '\n'
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--write', action='store_true', help='write docs/benchmarks.md')
+    args = parser.parse_args(arguments)
+    text = page()
+    if args.write:
+        PAGE.write_text(text)
+        print(f'written to {PAGE}')
+    else:
+        print(text, end='')
+
+
+if __name__ == '__main__':
+    main()

@@ -63,6 +63,11 @@ class Explanation:
     reason: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
 
+    @property
+    def passed_over(self) -> dict[str, Verdict]:
+        """What was considered before the implementation that runs, and was not taken."""
+        return {name: self.verdicts[name] for name in list(self.verdicts)[: list(self.verdicts).index(self.implementation)]}
+
 
 class Operator:
     """An operator and its implementations, in the order in which they are considered."""

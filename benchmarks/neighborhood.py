@@ -91,7 +91,7 @@ def flex(case: Case, device: str, block_size: int) -> Callable:
 
     def near(query, key):
         length = (size - query % dilation + dilation - 1) // dilation  # of the dilation group
-        centre = (query // dilation).clamp(radius, length - 1 - radius)
+        centre = torch.minimum((query // dilation).clamp(min=radius), length - 1 - radius)
         return (query % dilation == key % dilation) & ((centre - key // dilation).abs() <= radius)
 
     def inside(batch, head, query, key):

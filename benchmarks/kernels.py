@@ -1,15 +1,18 @@
 """The operators beside what else there is, in one interleaved run each.
 
-    python -m benchmarks.kernels                          # all
+    python -m benchmarks.kernels                                   # all
     python -m benchmarks.kernels neighborhood --rounds 5
-    python -m benchmarks.kernels --device cuda
+    python -m benchmarks.kernels --device cuda --minutes 7         # again, to go on where the time was up
 
 The module of an operator (neighborhood.py, routing.py, ...) has its cases and what it is measured beside; operators.py
-says how. Without --json the figures go to results/OPERATOR.json, or results/OPERATOR_cuda.json.
+says how. Without --json the figures go to results/OPERATOR.json, or on a GPU to results/cuda_DATE.json.
 """
 
 import argparse
+import datetime
 import json
+import math
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +23,23 @@ from zoo.benchmarks import aggregated, neighborhood, routing, window
 from zoo.benchmarks.operators import DTYPES
 
 BENCHMARKS = {each.BENCHMARK.name: each.BENCHMARK for each in (neighborhood, routing, aggregated, window)}
+RESULTS = Path(__file__).parent / 'results'
+
+
+def results(operator: str, device: str) -> Path:
+    """The file of figures, as {operator: report}: of one operator on the CPU, of all on a GPU in a day."""
+    return RESULTS / (f'{operator}.json' if device == 'cpu' else f'{device}_{datetime.date.today()}.json')
+
+
+def update(path: Path, name: str, report: dict) -> None:
+    """Add a report to a file of {operator: report}, its cases to those that are there."""
+    reports = json.loads(path.read_text()) if path.exists() else {}
+    cases = reports.get(name, {}).get('cases', {}) | report['cases']
+    reports[name] = report | {'cases': cases}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(reports, indent=2) + '\n')
+    part.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,25 +47,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('operator', nargs='?', choices=[*BENCHMARKS, 'all'], default='all')
     parser.add_argument('--device', choices=DTYPES, default='cpu')
     parser.add_argument('--rounds', type=int, default=9)
-    parser.add_argument('--json', type=Path, help='file for {operator: report}; results/OPERATOR.json without it')
+    parser.add_argument('--minutes', type=float, default=math.inf, help='begin no case after; keeps those in the file')
+    parser.add_argument('--json', type=Path, help='file for {operator: report}')
     args = parser.parse_args(arguments)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('there is no CUDA device')
-    reports = {}
+    deadline = time.monotonic() + 60 * args.minutes
+    files, console = {}, Console()
     with Progress() as progress:
         for name in BENCHMARKS if args.operator == 'all' else [args.operator]:
-            reports[name] = BENCHMARKS[name].measure(args.rounds, progress, args.device)
-    files = (
-        {args.json: reports}
-        if args.json
-        else {BENCHMARKS[name].results(args.device): reports[name] for name in reports}
-    )
-    console = Console()
-    for path, content in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + '\n')
-    for name, report in reports.items():
-        console.print(BENCHMARKS[name].table(report))
+            path = args.json or results(name, args.device)
+            goes_on = math.isfinite(args.minutes) and path.exists()
+            done = json.loads(path.read_text()).get(name, {}).get('cases', ()) if goes_on else ()
+            report = BENCHMARKS[name].measure(args.rounds, progress, args.device, deadline, done)
+            update(path, name, report)
+            files[path] = None
+            progress.console.print(BENCHMARKS[name].table(report))
     console.print('written to', *map(str, files))
 
 

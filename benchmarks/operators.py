@@ -6,8 +6,9 @@ interleaved, with the cache emptied before each call; `memory` is what torch all
 """
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -96,12 +97,15 @@ class Benchmark:
         judge = possible('the formulation of the original code, to be measured beside')
         OPERATORS[f'{self.name}_attention'].register('official', self.official, lambda problem: judge)
 
-    def results(self, device: str = 'cpu') -> Path:
-        """The file that figures of a device type are kept in."""
-        return Path(__file__).parent / 'results' / f'{self.name}{"" if device == "cpu" else f"_{device}"}.json'
-
-    def measure(self, rounds: int = 9, progress: Progress | None = None, device: str = 'cpu') -> dict:
-        """Figures of every case on a type of device.
+    def measure(
+        self,
+        rounds: int = 9,
+        progress: Progress | None = None,
+        device: str = 'cpu',
+        deadline: float = math.inf,
+        done: Collection[str] = (),
+    ) -> dict:
+        """Figures of every case on a type of device that is not `done`, begun before `deadline` (time.monotonic).
 
         Returns:
             {'machine', 'setting', 'cases': {name: {'case', 'cost', 'functions': {name: {'forward', 'train',
@@ -111,7 +115,10 @@ class Benchmark:
         progress = progress or Progress(disable=True)
         setting = Setting(device, DTYPES[device])
         found = {}
-        for name, case in progress.track(self.cases[device].items(), description=f'{self.name} attention'):
+        cases = {name: case for name, case in self.cases[device].items() if name not in done}
+        for name, case in progress.track(cases.items(), description=f'{self.name} attention'):
+            if time.monotonic() > deadline:
+                break
             torch.compiler.reset()  # one case does not count as a recompilation of another
             each = self.contenders(case, setting)
             agreed = self._agreeing(name, each, setting)

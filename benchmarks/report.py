@@ -10,11 +10,10 @@ import argparse
 import json
 from pathlib import Path
 
-from zoo.benchmarks.kernels import BENCHMARKS
+from zoo.benchmarks.kernels import BENCHMARKS, RESULTS
 from zoo.benchmarks.models import MEASURES
 from zoo.benchmarks.operators import rows
 
-RESULTS = Path(__file__).parent / 'results'
 PAGE = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
 HEAD = """# Measurements
 
@@ -76,11 +75,11 @@ def models_section(report: dict) -> str:
 def page() -> str:
     """docs/benchmarks.md, from what is recorded."""
     sections = [HEAD.strip()]
-    for device in ('cpu', 'cuda'):
-        for name, benchmark in BENCHMARKS.items():
-            path = benchmark.results(device)
-            if path.exists():
-                sections.append(operator_section(name, device, json.loads(path.read_text())))
+    newest = sorted(RESULTS.glob('cuda_*.json'))[-1:]  # by their dates
+    for device, paths in (('cpu', [RESULTS / f'{name}.json' for name in BENCHMARKS]), ('cuda', newest)):
+        for path in filter(Path.exists, paths):
+            for name, report in json.loads(path.read_text()).items():
+                sections.append(operator_section(name, device, report))
     sections += [models_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('models_*.json'))]
     return '\n\n'.join(sections) + '\n'
 

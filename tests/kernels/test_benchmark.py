@@ -1,11 +1,12 @@
 """The benchmarks of the operators measure functions that agree, and say so in a report and a table."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from zoo.benchmarks import aggregated, neighborhood, routing, window
+from zoo.benchmarks import aggregated, kernels, neighborhood, routing, window
 from zoo.benchmarks.timing import interleaved, peak_memory
 
 SMALL = {
@@ -59,6 +60,23 @@ def test_what_runs_out_of_memory_has_no_figures():
     assert functions['greedy'] == {'forward': None, 'train': None, 'memory': None}
     assert functions['plain']['train'] > 0
     assert benchmark.table(report).row_count == 4
+
+
+def test_a_run_goes_on_with_the_cases_that_are_left(tmp_path, monkeypatch):
+    path = tmp_path / 'results.json'
+
+    def run(*cases):
+        small = {'cpu': dict.fromkeys(cases, SMALL[window])}
+        monkeypatch.setitem(kernels.BENCHMARKS, 'window', dataclasses.replace(window.BENCHMARK, cases=small))
+        kernels.main(['window', '--rounds', '1', '--minutes', '5', '--json', str(path)])
+        return json.loads(path.read_text())['window']['cases']
+
+    first = run('a')
+    both = run('a', 'b')
+    assert list(both) == ['a', 'b']
+    assert both['a'] == first['a']
+    monkeypatch.setattr('time.monotonic', iter([0.0, 1e6]).__next__)
+    assert list(run('a', 'b', 'c')) == ['a', 'b']
 
 
 def test_times_are_cpu_time_of_every_case():

@@ -57,11 +57,12 @@ def calls(
     """`function` of all inputs, floating or not, with gradients of the floating ones and a random one of its result."""
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
+    detached = [x.detach() for x in inputs]
     grads = []
 
     @torch.no_grad()
     def forward():
-        return function(*inputs)
+        return function(*detached)
 
     def train():
         output = function(*inputs)

@@ -41,7 +41,11 @@ test-gpu: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(RUN) -m benchmarks.kernels
-	$(RUN) -m benchmarks.models biformer_tiny nat_mini dinat_tiny van_b0 van_b2
+	$(RUN) -m benchmarks.models biformer_tiny nat_mini dinat_tiny van_b0 van_b2 \
+		transnext_micro transnext_micro:official transnext_tiny transnext_tiny:official crossformer_tiny \
+		crossformer_tiny:official crossformer_pp_small crossformer_pp_small:official maxvit_tiny maxvit_tiny_tf_224
+	$(RUN) -m benchmarks.models biformer_tiny transnext_micro --size 512 --batch 1
+	$(RUN) -m benchmarks.report --write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

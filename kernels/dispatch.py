@@ -9,6 +9,7 @@ runs. A choice that a caller forces, by `implementation=` or by `use`, is kept o
     OPERATOR.select(query, implementation)(query, ...)
 """
 
+import itertools
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +67,8 @@ class Explanation:
     @property
     def passed_over(self) -> dict[str, Verdict]:
         """What was considered before the implementation that runs, and was not taken."""
-        return {name: self.verdicts[name] for name in list(self.verdicts)[: list(self.verdicts).index(self.implementation)]}
+        considered = itertools.takewhile(lambda name: name != self.implementation, self.verdicts)
+        return {name: self.verdicts[name] for name in considered}
 
 
 class Operator:

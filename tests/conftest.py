@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import zoo  # noqa: F401 -- registers the models
+from zoo.kernels.launch import INTERPRETED
 
 # One variant of each family, the smallest; stl_nchw for BiFormer's other layout.
 SMALLEST = (
@@ -57,3 +58,10 @@ def tiny(name: str, **kwargs):
     import timm
 
     return timm.create_model(name, **{**TINY[name], **kwargs})
+
+
+def pytest_collection_modifyitems(config, items):
+    """Triton interprets in a whole process or not at all: tests of the other kind are not this process's."""
+    others = [item for item in items if item.get_closest_marker('compiled' if INTERPRETED else 'interpreted')]
+    items[:] = [item for item in items if item not in others]
+    config.hook.pytest_deselected(items=others)

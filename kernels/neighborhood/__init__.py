@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Operator, Problem, Verdict, chosen, possible
-from . import reference, tiled
+from . import reference, tiled, triton
 
 OPERATOR = Operator('neighborhood_attention')
 
@@ -23,6 +23,7 @@ def _judge_reference(problem: Problem) -> Verdict:
     return possible('the definition, in plain operations')
 
 
+OPERATOR.register('triton', triton.neighborhood_attention, triton.judge)
 OPERATOR.register('tiled', tiled.neighborhood_attention, _judge_tiled)
 OPERATOR.register('reference', reference.neighborhood_attention, _judge_reference)
 
@@ -91,7 +92,7 @@ def neighborhood_attention(
         scale = query.shape[-1] ** -0.5
 
     query, key, value = checks.autocast(query, key, value)
-    run = OPERATOR.select(query, implementation, dilation=dilation)
+    run = OPERATOR.select(query, implementation, kernel_size=kernel_size, dilation=dilation)
     if axes == 2:
         return run(query, key, value, bias, kernel_size, dilation, float(scale))
     query, key, value = (x.unsqueeze(1) for x in (query, key, value))

@@ -304,7 +304,11 @@ Q = torch.zeros(2, 8, 9, 3, 4)
         (TypeError, r'key torch.float64', {'key': Q.double()}),
         (TypeError, r'query must be floating, got torch.int64', {'query': Q.long()}),
         (TypeError, r'value must be a tensor, got NoneType', {'value': None}),
-        (ValueError, r"unknown implementation 'cuda', expected one of tiled, reference", {'implementation': 'cuda'}),
+        (
+            ValueError,
+            r"unknown implementation 'cuda', expected one of triton, tiled, reference",
+            {'implementation': 'cuda'},
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(error, message, arguments):

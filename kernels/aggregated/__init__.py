@@ -17,13 +17,19 @@ OPERATOR = Operator(NAME)
 POSITION_BIAS = Operator('position_bias')
 
 
+FEW_SCORES = 2**19  # of an image's head, up to which the compiled definition trains faster, measured on a CPU
+
+
 def _judge_tiled(problem: Problem) -> Verdict:
-    if problem.compiling:
-        return chosen('it is faster than the definition fused by torch.compile, and keeps nothing for the backward')
+    trains, scores = (problem.options.get(name, default) for name, default in (('trains', False), ('scores', 0)))
+    if problem.compiling and trains and scores <= FEW_SCORES:
+        return possible('with few pooled scores the definition fused by torch.compile trains faster')
     return chosen('it never holds windows of keys, and keeps nothing for the backward')
 
 
 def _judge_reference(problem: Problem) -> Verdict:
+    if problem.compiling:
+        return chosen('torch.compile fuses it, and unfolds no windows')
     return possible('the definition, in plain operations')
 
 
@@ -142,7 +148,8 @@ def aggregated_attention(
     if tokens < 1:
         raise ValueError(f'{NAME}: there must be pooled keys, got none')
     query, key, value, pooled_key, pooled_value = checks.autocast(query, key, value, pooled_key, pooled_value)
-    return OPERATOR.select(query, implementation)(
+    scores = height * width * tokens
+    return OPERATOR.select(query, implementation, scores=scores, trains=torch.is_grad_enabled())(
         query,
         key,
         value,

@@ -45,4 +45,4 @@ def test_an_unknown_model_is_named(capsys):
 def test_the_page_of_measurements_is_that_of_the_recorded_results():
     page = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
     assert page.read_text() == reporting.page(), 'run `zoo bench report --write`'
-    assert '| nat_mini |' in page.read_text()
+    assert '| transnext_micro |' in page.read_text()

@@ -18,7 +18,7 @@ if [ ! -x .gpu/bin/python ]; then
 fi
 
 tests=0
-timeout 150 .gpu/bin/python -m pytest -q -m gpu || tests=$?
-timeout 390 .gpu/bin/python -m benchmarks.kernels --device cuda --rounds 9 --minutes 4.5
+timeout 120 .gpu/bin/python -m pytest -q -m gpu || tests=$?
+timeout 360 .gpu/bin/python -m benchmarks.kernels --device cuda --rounds 9 --minutes 4.5
 .gpu/bin/python -m benchmarks.report
 exit "$tests"

@@ -10,6 +10,7 @@ says how. Without --json the figures go to results/OPERATOR.json, or on a GPU to
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import time
@@ -31,11 +32,10 @@ def results(operator: str, device: str) -> Path:
     return RESULTS / (f'{operator}.json' if device == 'cpu' else f'{device}_{datetime.date.today()}.json')
 
 
-def update(path: Path, name: str, report: dict) -> None:
-    """Add a report to a file of {operator: report}, its cases to those that are there."""
+def update(path: Path, name: str, done: dict, report: dict) -> None:
+    """Put a report into a file of {operator: report}, its cases after those that were done before."""
     reports = json.loads(path.read_text()) if path.exists() else {}
-    cases = reports.get(name, {}).get('cases', {}) | report['cases']
-    reports[name] = report | {'cases': cases}
+    reports[name] = report | {'cases': done | report['cases']}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part')
     part.write_text(json.dumps(reports, indent=2) + '\n')
@@ -58,9 +58,9 @@ def main(arguments: list[str] | None = None) -> None:
         for name in BENCHMARKS if args.operator == 'all' else [args.operator]:
             path = args.json or results(name, args.device)
             goes_on = math.isfinite(args.minutes) and path.exists()
-            done = json.loads(path.read_text()).get(name, {}).get('cases', ()) if goes_on else ()
-            report = BENCHMARKS[name].measure(args.rounds, progress, args.device, deadline, done)
-            update(path, name, report)
+            done = json.loads(path.read_text()).get(name, {}).get('cases', {}) if goes_on else {}
+            keep = functools.partial(update, path, name, done)
+            report = BENCHMARKS[name].measure(args.rounds, progress, args.device, deadline, done, keep)
             files[path] = None
             progress.console.print(BENCHMARKS[name].table(report))
     console.print('written to', *map(str, files))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, Unavailable, calls
 from zoo.kernels import neighborhood_attention
 from zoo.kernels.neighborhood.reference import neighbors
 
@@ -108,13 +108,13 @@ def flex(case: Case, device: str, block_size: int) -> Callable:
 
 
 def natten(backend: str | None, query, key, value, bias, case) -> Tensor:
-    """NotImplementedError where the backend refuses the problem or the machine."""
+    """Unavailable where the backend refuses the problem or the machine."""
     from natten import na2d
 
     try:
         return na2d(query, key, value, KERNEL_SIZE, dilation=case.dilation, backend=backend)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise NotImplementedError(f'natten, {backend}: {error}') from error
+        raise Unavailable(f'natten, {backend}: {error}') from error
 
 
 def contenders(case: Case, setting: Setting) -> dict[str, Calls]:

@@ -24,6 +24,10 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 5e-2)}
 DTYPES = {'cpu': torch.float32, 'cuda': torch.bfloat16}
 
 
+class Unavailable(Exception):
+    """A contender that refuses the problem or the machine: it has no figures, and the others are measured."""
+
+
 class Calls(NamedTuple):
     """A forward pass, and one with its backward, which returns the gradients; None where there is no backward."""
 
@@ -105,8 +109,11 @@ class Benchmark:
         device: str = 'cpu',
         deadline: float = math.inf,
         done: Collection[str] = (),
+        keep: Callable[[dict], None] = lambda report: None,
     ) -> dict:
         """Figures of every case on a type of device that is not `done`, begun before `deadline` (time.monotonic).
+
+        `keep` gets the report after each case: a run that is stopped has lost one case at most.
 
         Returns:
             {'machine', 'setting', 'cases': {name: {'case', 'cost', 'functions': {name: {'forward', 'train',
@@ -115,7 +122,8 @@ class Benchmark:
         """
         progress = progress or Progress(disable=True)
         setting = Setting(device, DTYPES[device])
-        found = {}
+        report = {'machine': machine(), 'setting': {'device': device, 'dtype': str(setting.dtype)}}
+        report |= {'bounds': bounds() if device == 'cuda' else None, 'cases': {}}
         cases = {name: case for name, case in self.cases[device].items() if name not in done}
         for name, case in progress.track(cases.items(), description=f'{self.name} attention'):
             if time.monotonic() > deadline:
@@ -134,9 +142,9 @@ class Benchmark:
                 for key, call in each.items()
             }
             cost = self.cost(case, setting.dtype.itemsize)._asdict() if self.cost else None
-            found[name] = {'case': case._asdict(), 'cost': cost, 'functions': functions}
-        report = {'machine': machine(), 'setting': {'device': device, 'dtype': str(setting.dtype)}}
-        return report | {'bounds': bounds() if device == 'cuda' else None, 'cases': found}
+            report['cases'][name] = {'case': case._asdict(), 'cost': cost, 'functions': functions}
+            keep(report)
+        return report
 
     def _agreeing(self, case: str, each: dict[str, Calls], setting: Setting) -> list[str]:
         """Names of what runs, within the memory there is; RuntimeError if one of them computes something else."""
@@ -144,7 +152,7 @@ class Benchmark:
         for name, (forward, train, is_alike) in each.items():
             try:
                 got, got_gradients = forward(), train() if train else None
-            except (torch.OutOfMemoryError, NotImplementedError):
+            except (torch.OutOfMemoryError, Unavailable):
                 continue
             agreed.append(name)
             if not is_alike:

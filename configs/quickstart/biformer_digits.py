@@ -3,8 +3,8 @@
 zoo train quickstart/biformer_digits
 
 Measured by `make quickstart`, which uses one thread and so gives the same result each time: 98.83 % top-1 on the
-597 test images (590 right) in 4.4 minutes on an AMD EPYC with torch 2.15. Other threads
-or seeds vary by a few images; the recipe was chosen among some on the same images.
+597 test images (590 right) in 4.4 minutes on an AMD EPYC with torch 2.15. Other threads or seeds vary by a few images;
+the recipe was chosen among some on the same images.
 """
 
 _base_ = ['../_base_/digits.py', '../_base_/adamw_cosine.py', '../_base_/runtime.py']

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 from rich.console import Console
@@ -29,10 +28,9 @@ from rich.table import Table
 from zoo.benchmarks.timing import machine
 from zoo.kernels import configs
 from zoo.kernels.launch import INTERPRETED, Launch
-from zoo.kernels.neighborhood import triton as neighborhood
 from zoo.kernels.targets import SHARED_KIB, Compiled, compile_for
+from zoo.kernels.tune import OPERATORS
 
-OPERATORS: dict[str, ModuleType] = {'neighborhood': neighborhood}
 RESULTS = Path(__file__).parent / 'results' / 'compile_proof.json'
 # Patterns of 'operator problem kernel' -> bytes of stack that they may take.
 SPILLS = {

@@ -73,6 +73,11 @@ def programs(device: torch.device) -> int:
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def strides(axes: str, **tensors: Tensor) -> dict[str, int]:
+    """Strides as arguments of kernels: those of `key` along axes 'byxhd' are key_b, key_y, key_x, key_h and key_d."""
+    return {f'{name}_{axis}': n for name, x in tensors.items() for axis, n in zip(axes, x.stride(), strict=True)}
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
@@ -95,6 +100,12 @@ class Launch:
     arguments: dict[str, object]
     num_warps: int = 4
     num_stages: int = 2
+
+    @classmethod
+    def of(cls, kernel: Callable, programs: int, block: Block, given: dict[str, object]) -> 'Launch':
+        """A launch cut by `block`, whose arguments are taken by name out of `given`, which may have more."""
+        arguments = {name: given[name] for name in kernel.arg_names}
+        return cls(kernel, programs, arguments, block.num_warps, block.num_stages)
 
     @property
     def options(self) -> dict[str, object]:

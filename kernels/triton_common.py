@@ -10,6 +10,18 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def plane(image, head, heads, height, width):
+    """Offset of a head's map in (batch, heads, height, width)."""
+    return (image * heads + head) * height * width
+
+
+@triton.jit
+def vector(image, head, position, heads, height, width, HEAD_DIM: tl.constexpr):
+    """Offset of a position's vector in a contiguous (batch, height, width, heads, head_dim)."""
+    return ((image * height * width + position) * heads + head) * HEAD_DIM
+
+
+@triton.jit
 def load_tokens(pointer, offsets, stride, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr):
     """The vectors that start at `offsets` [N] with `stride` from entry to entry: [N, BLOCK_D], zero where not `exists`.
 

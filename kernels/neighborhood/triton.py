@@ -78,7 +78,7 @@ class Call:
         self.blocks = blocks or _blocks(self.lengths, self.kernel_size, head_dim, listed, query.device)
         self.arguments = {
             **tensors,
-            **{f'{name}_{axis}': n for name, x in tensors.items() for axis, n in zip('byxhd', x.stride(), strict=True)},
+            **launch.strides('byxhd', **tensors),
             'bias': None if bias is None else bias.contiguous(),
             'height': self.height,
             'width': self.width,
@@ -123,9 +123,7 @@ class Call:
         return tiles
 
     def _launch(self, kernel, block: str, programs: int, cut: dict[str, int], **arguments) -> Launch:
-        given = {**self.arguments, **cut, **arguments}
-        given = {name: given[name] for name in kernel.arg_names}
-        return Launch(kernel, programs, given, self.blocks[block].num_warps, self.blocks[block].num_stages)
+        return Launch.of(kernel, programs, self.blocks[block], {**self.arguments, **cut, **arguments})
 
     def forward(self, output: Tensor, log_sum: Tensor) -> Launch:
         from .triton_kernels import forward

@@ -11,7 +11,7 @@ inversely; offsets into memory are of 64 bits.
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2E, load_tokens, online_softmax_step, store_tokens
+from ..triton_common import LOG2E, load_tokens, online_softmax_step, plane, store_tokens, vector
 
 
 @triton.jit
@@ -61,18 +61,6 @@ def token(y, x, residue_y, residue_x, dilation_y, dilation_x, stride_y, stride_x
     row = (residue_y + dilation_y * y).to(tl.int64)
     column = (residue_x + dilation_x * x).to(tl.int64)
     return row * stride_y + column * stride_x
-
-
-@triton.jit
-def plane(image, head, heads, height, width):
-    """Offset of a head's map in (batch, heads, height, width)."""
-    return (image * heads + head) * height * width
-
-
-@triton.jit
-def vector(image, head, position, heads, height, width, HEAD_DIM: tl.constexpr):
-    """Offset of a position's vector in a contiguous (batch, height, width, heads, head_dim)."""
-    return ((image * height * width + position) * heads + head) * HEAD_DIM
 
 
 @triton.jit

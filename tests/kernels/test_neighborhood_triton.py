@@ -1,14 +1,5 @@
-"""Neighborhood attention in Triton: held against the definition, interpreted on the CPU or run on a GPU; compiled.
+"""Neighborhood attention in Triton: held against the definition, interpreted on the CPU or run on a GPU; compiled."""
 
-Triton decides when it is imported whether it interprets, so that `interpreted` tests run in a process of their own,
-which one test starts. The interpreter computes what the kernels say, one program after the other: it knows no races.
-"""
-
-import importlib.metadata
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,10 +12,9 @@ from zoo.kernels.dispatch import Problem
 from zoo.kernels.neighborhood import triton
 
 from .harness import assert_close, assert_equal_functions, output_and_gradients, packed, random
+from .triton_harness import assert_deterministic, compiled, inside_nans, interpreted, moved, run_interpreted
 
 pytest.importorskip('triton')
-interpreted = pytest.mark.interpreted  # run by test_all_holds_under_the_interpreter, in a process of its own
-compiled = pytest.mark.compiled
 
 
 class Case(NamedTuple):
@@ -52,10 +42,6 @@ CASES = [
 ]
 
 
-def version(package):
-    return tuple(int(part) for part in importlib.metadata.version(package).split('.')[:2])
-
-
 def attention(case, implementation):
     def attend(query, key, value, bias=None):
         return neighborhood_attention(
@@ -71,14 +57,9 @@ def inputs(case, dtype=torch.float32, device='cpu'):
     tensors = dict(zip(('query', 'key', 'value'), tensors, strict=True))
     if case.biased:
         kernels = case.kernel_size if isinstance(case.kernel_size, tuple) else (case.kernel_size,) * len(case.size)
-        memory = torch.full((case.heads + 2, *(2 * k - 1 for k in kernels)), torch.nan)
-        memory[1:-1] = random(*memory[1:-1].shape, dtype=torch.float32)
-        tensors['bias'] = memory[1:-1]
-    if device == 'cpu':
-        return tensors
-    memory = tensors['query']._base.to(device)
-    moved = {n: memory.as_strided(x.shape, x.stride(), x.storage_offset()) for n, x in tensors.items() if n != 'bias'}
-    return moved | ({'bias': tensors['bias'].to(device)} if case.biased else {})
+        bias = random(case.heads, *(2 * k - 1 for k in kernels), dtype=torch.float32)
+        tensors['bias'] = inside_nans(bias)
+    return moved(tensors, device)
 
 
 def assert_exact(case, dtype=torch.float32, device='cpu', tensors=None, grad_output=None, needs=None):
@@ -90,18 +71,7 @@ def assert_exact(case, dtype=torch.float32, device='cpu', tensors=None, grad_out
 
 @compiled
 def test_all_holds_under_the_interpreter():
-    if version('triton') < (3, 7) and version('numpy') >= (2, 4):
-        pytest.skip('the interpreter of Triton 3.6 needs numpy 2.3 or older')
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST')}
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-m', 'interpreted']
-    result = subprocess.run(
-        [*command, str(Path(__file__))],
-        env=environment | {'TRITON_INTERPRET': '1', 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    assert result.returncode == 0, result.stdout[-10000:] + result.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 @interpreted
@@ -339,13 +309,7 @@ def test_on_a_gpu_two_runs_give_the_same_bits_in_deterministic_mode():
     case = Case((56, 57), 7, 2, batch=8, heads=2, head_dim=32)
     tensors = inputs(case, torch.float16, 'cuda')
     grad = random(*tensors['query'].shape, seed=2).half().cuda()
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = (output_and_gradients(attention(case, None), tensors, grad) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+    assert_deterministic(attention(case, None), tensors, grad)
 
 
 @pytest.mark.gpu

@@ -1,253 +1,50 @@
-"""Aggregated attention in column tiles and strips: lean PyTorch made of batched matrix products, for the CPU.
+"""Aggregated attention in bands of rows that stay in cache: lean PyTorch, mainly for the CPU.
 
-Maps are laid out once as column tiles, each with the columns that its queries' windows reach, row after row, so that
-the keys of a strip of query rows are consecutive in memory and a strip is one small dense product. Of its scores only
-the band of the windows counts, which is a strided view; it is joined with the scores of the pooled tokens for one
-softmax. The backward computes the weights again: nothing is kept but the inputs. README.md has the derivation.
+A band's queries meet the cells of their windows as shifted maps, one product of maps a cell, and the pooled keys as one
+small dense attention, whose bias is made for the band and shared by images. Both are joined through the logarithms of
+their sums. The backward computes the weights again: kept are the arguments, the output, and a number a query and head.
+README.md has the derivation.
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .reference import log_length
+from .reference import log_length, window
 
-CPU_CHUNK = 2**19  # scores held at a time: 2 MiB of float32
+CPU_CHUNK = 2**19  # numbers held at a time: 2 MiB of float32
 CHUNK = 2**26  # elsewhere, where calls must be few
 EPS = 1e-12  # least norm of a query or key, as in torch.nn.functional.normalize
 
 
-class Tile(NamedTuple):
-    """Rows and columns of the queries of one product."""
-
-    rows: int
-    columns: int
+def _limit(x: Tensor) -> int:
+    return CPU_CHUNK if x.device.type == 'cpu' else CHUNK
 
 
-@lru_cache(maxsize=256)
-def _tile(height: int, width: int, radius: int) -> Tile:
-    """The cheapest of some tiles, by the queries and scores that they compute for nothing; the weights are measured."""
-
-    def cost(tile: Tile) -> int:
-        queries = -(-(height + radius) // tile.rows) * -(-width // tile.columns) * tile.rows * tile.columns
-        return queries * (120 + (tile.rows + 2 * radius) * (tile.columns + 2 * radius))
-
-    rows = (max(2 * radius, side) for side in (2, 3, 4, 5))  # a strip's keys reach into one other strip
-    return min((Tile(*sides) for sides in product(rows, (4, 5, 7, 8))), key=cost)
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_(min=EPS)
 
 
-class Chunk(NamedTuple):
-    """Work of one turn, a consecutive part of the column tiles of all heads and images; a plane is an image's head."""
-
-    heads: slice
-    images: int
-    planes: slice
-    columns: slice  # column tiles of each plane
-    tiles: slice  # the same among those of all planes
-
-    def planes_of(self, x: Tensor) -> Tensor:
-        """Part of (planes, ...)."""
-        return x[self.planes]
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        """Part of tiles (heads, images, column tiles, rows, columns, d) as (planes, rows, d)."""
-        return x.view(-1, *x.shape[3:])[self.tiles].view(self.planes.stop - self.planes.start, -1, x.shape[-1])
-
-    def by_head(self, x: Tensor) -> Tensor:
-        """(planes, ...) as (heads, images, ...)."""
-        return x.view(-1, self.images, *x.shape[1:])
-
-    def per_head(self, x: Tensor) -> Tensor:
-        """Part of a parameter (heads, ...), which images share, as (planes, ...)."""
-        x = x[self.heads, None]
-        return x.expand(-1, self.images, *x.shape[2:]).flatten(0, 1)
+def _of_unnormalised(gradient: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """Gradient of what gave x when it was divided by its norm, from that of x; the argument is used up."""
+    along = (gradient * x).sum(-1, keepdim=True)
+    return gradient.addcmul_(x, along, value=-1).div_(norm)
 
 
-class _Layout:
-    """Where queries and keys lie, and how the work is cut.
-
-    Rows of queries are padded to whole strips; there are at least `radius` rows more than the map has, so that keys
-    below a column tile are the zeros above the next one, and all strips of all tiles are one batch of equal strides.
-    """
-
-    def __init__(self, query: Tensor, pooled: int, window_size: int):
-        self.batch, self.height, self.width, self.heads, self.head_dim = query.shape
-        self.query, self.pooled, self.window_size = query, pooled, window_size
-        self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.radius = window_size // 2
-        self.tile = _tile(self.height, self.width, self.radius)
-        self.strips = -(-(self.height + self.radius) // self.tile.rows)  # of a column tile
-        self.columns = -(-self.width // self.tile.columns)  # column tiles
-        self.rows = self.strips * self.tile.rows  # of a column tile, padding included
-        self.span = self.tile.columns + 2 * self.radius  # key columns of a tile
-        self.queries = self.tile.rows * self.tile.columns  # of a strip
-        self.keys = (self.tile.rows + 2 * self.radius) * self.span  # of a strip
-        self.local = window_size**2
-        self.scores = self.local + pooled  # of a query
-        self.workspace: dict[str, Tensor] = {}
-
-    # --- maps <-> tiles
-
-    def _runs(self, radius: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first tile, last + 1, first column, last + 1): consecutive tiles with the same columns inside of the map.
-
-        Tiles reach `radius` columns over their own.
-        """
-        step, span = self.tile.columns, self.tile.columns + 2 * radius
-
-        def inside(tile):
-            return max(0, radius - tile * step), min(span, self.width + radius - tile * step)
-
-        first = 0
-        for i in range(1, self.columns + 1):
-            if i == self.columns or inside(i) != inside(first):
-                yield first, i, *inside(first)
-                first = i
-
-    def _on_maps(self, maps: Tensor, radius: int, first: int, last: int, left: int, right: int) -> Tensor:
-        """Columns `left` to `right` of tiles on maps (B, H, W, heads, d): (heads, B, tiles, H, columns, d), a view."""
-        step = self.tile.columns
-        column = first * step - radius + left
-        part = maps[:, :, column : column + (last - first - 1) * step + right - left]
-        return part.unfold(2, right - left, step).permute(3, 0, 2, 1, 5, 4)
-
-    def _load(self, tiles: Tensor, radius: int, maps: Tensor, divisor: Tensor | None) -> None:
-        """Fill tiles (heads, B, column tiles, rows, columns, d) from maps, with zeros outside of them."""
-        tiles[:, :, :, :radius].zero_()
-        tiles[:, :, :, radius + self.height :].zero_()
-        tiles = tiles[:, :, :, radius : radius + self.height]
-        for first, last, left, right in self._runs(radius):
-            tiles[:, :, first:last, ..., :left, :].zero_()
-            tiles[:, :, first:last, ..., right:, :].zero_()
-            out = tiles[:, :, first:last, ..., left:right, :]
-            part = self._on_maps(maps, radius, first, last, left, right)
-            if divisor is None:
-                out.copy_(part)
-            else:
-                torch.div(part, self._on_maps(divisor, radius, first, last, left, right), out=out)
-
-    def new_queries(self) -> Tensor:
-        """(heads, batch, column tiles, rows, columns, d), not initialised."""
-        shape = self.heads, self.batch, self.columns, self.rows, self.tile.columns, self.head_dim
-        return self.query.new_empty(shape, dtype=self.dtype)
-
-    def queries_of(self, maps: Tensor, divisor: Tensor | None = None) -> Tensor:
-        """Maps, divided by `divisor`, by tile, and zeros where the map has no pixels."""
-        tiles = self.new_queries()
-        self._load(tiles, 0, maps, divisor)
-        return tiles
-
-    def query_maps(self, tiles: Tensor, divisor: Tensor | None = None) -> Tensor:
-        """Tiles of queries as maps of the query's dtype, divided by `divisor`."""
-        maps = torch.empty(self.query.shape, dtype=self.query.dtype, device=self.query.device)
-        for first, last, left, right in self._runs(0):
-            part = self._on_maps(maps, 0, first, last, left, right)
-            tile = tiles[:, :, first:last, : self.height, left:right]
-            if divisor is None:
-                part.copy_(tile)
-            else:
-                torch.div(tile, self._on_maps(divisor, 0, first, last, left, right), out=part)
-        return maps
-
-    def new_keys(self) -> tuple[Tensor, Tensor]:
-        """Rows of keys of all column tiles, (rows, columns, d), and the same as (heads, batch, column tiles, ...).
-
-        Not initialised. Strips reach into the rows of the next tile, which are zeros there, or after the last.
-        """
-        shape = self.heads, self.batch, self.columns, self.rows, self.span, self.head_dim
-        count = torch.Size(shape[:4]).numel()
-        rows = self.query.new_empty(count + 2 * self.radius, *shape[4:], dtype=self.dtype)
-        rows[count:].zero_()
-        return rows, rows[:count].view(shape)
-
-    def keys_of(self, maps: Tensor, divisor: Tensor | None = None) -> Tensor:
-        """Maps, divided by `divisor`, by tile with all that its windows reach and zeros around, for `strips_of`."""
-        rows, tiles = self.new_keys()
-        self._load(tiles, self.radius, maps, divisor)
-        return rows
-
-    def key_maps(self, tiles: Tensor) -> Tensor:
-        """The transpose of `keys_of`: what tiles share is added."""
-        maps = torch.zeros(self.query.shape, dtype=self.dtype, device=self.query.device)
-        tiles = tiles[:, :, :, self.radius : self.radius + self.height]
-        for first, last, start, stop in self._runs(self.radius):
-            for left in range(start, stop, self.tile.columns):  # pieces that do not overlap
-                right = min(left + self.tile.columns, stop)
-                part = self._on_maps(maps, self.radius, first, last, left, right)
-                part.add_(tiles[:, :, first:last, :, left:right])
-        return maps
-
-    # --- strips of a chunk
-
-    def chunks(self) -> Iterator[Chunk]:
-        """All work, in an order in which heads, and images of a head, can share what they have in common."""
-        limit = CPU_CHUNK if self.query.device.type == 'cpu' else CHUNK
-        column = self.rows * self.tile.columns * self.scores
-        columns = min(self.columns, max(1, limit // column))
-        images = heads = 1
-        if columns == self.columns:
-            images = max(1, min(self.batch, limit // (columns * column)))
-            if images == self.batch:
-                heads = min(self.heads, limit // (images * columns * column) or 1)
-        for column in range(0, self.columns, columns):
-            last_column = min(column + columns, self.columns)
-            for head in range(0, self.heads, heads):
-                last_head = min(head + heads, self.heads)
-                for image in range(0, self.batch, images):
-                    last_image = min(image + images, self.batch)
-                    first, last = head * self.batch + image, (last_head - 1) * self.batch + last_image
-                    yield Chunk(
-                        slice(head, last_head),
-                        last_image - image,
-                        slice(first, last),
-                        slice(column, last_column),
-                        slice(first * self.columns + column, (last - 1) * self.columns + last_column),
-                    )
-
-    def strips_of(self, rows: Tensor, chunk: Chunk) -> Tensor:
-        """Keys of the strips of a chunk, (strips, keys, d): a view in which strips overlap."""
-        size = self.tile.rows * self.span * self.head_dim  # of a strip without what it shares with the next
-        count = (chunk.tiles.stop - chunk.tiles.start) * self.strips
-        shape, strides = (count, self.keys, self.head_dim), (size, self.head_dim, 1)
-        return rows.as_strided(shape, strides, chunk.tiles.start * self.strips * size)
-
-    def fold_strips(self, rows: Tensor, chunk: Chunk, strips: Tensor) -> None:
-        """Write the sum of `strips`, as of `strips_of`, to `rows`."""
-        own = self.tile.rows * self.span
-        rows = rows[chunk.tiles.start * self.rows : chunk.tiles.stop * self.rows].view(-1, own, self.head_dim)
-        rows.copy_(strips[:, :own])
-        rows[1:, : self.keys - own].add_(strips[:-1, own:])
-
-    def band(self, scores: Tensor) -> Tensor:
-        """The windows' scores in those of strips: a view (strips, tile rows, tile columns, window, window)."""
-        columns, size = self.tile.columns, self.window_size
-        shape = len(scores), self.tile.rows, columns, size, size
-        strides = self.queries * self.keys, columns * self.keys + self.span, self.keys + 1, self.span, 1
-        return scores.as_strided(shape, strides)
-
-    def by_strip(self, rows: Tensor) -> Tensor:
-        """(planes, rows, d) as (strips, queries, d)."""
-        return rows.view(-1, self.queries, rows.shape[-1])
-
-    def windows(self, x: Tensor) -> Tensor:
-        """(planes, rows, local) in the shape of `band`: a view."""
-        return x.view(-1, self.tile.rows, self.tile.columns, self.window_size, self.window_size)
-
-    def take(self, name: str, *shape: int, zero: bool = False) -> Tensor:
-        """Storage that chunks share, by name: zero at first, or not initialised."""
-        size = torch.Size(shape).numel()
-        if name not in self.workspace or self.workspace[name].numel() < size:
-            make = self.query.new_zeros if zero else self.query.new_empty
-            self.workspace[name] = make(size, dtype=self.dtype)
-        return self.workspace[name][:size].view(shape)
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(query @ key.T + bias) @ value of planes (images, heads, n, d), and the logarithm of the sum."""
+    if query.device.type == 'cpu':
+        bias = bias.expand(len(query), -1, -1, -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=1.0)
+    scores = query @ key.mT + bias
+    log_sum = scores.logsumexp(-1)
+    return scores.sub_(log_sum[..., None]).exp_() @ value, log_sum
 
 
 class _Problem:
-    """The inputs of a call in their layouts, and the weights of a chunk."""
+    """The inputs of a call, of at least float32, and how it is cut."""
 
     def __init__(
         self,
@@ -266,129 +63,148 @@ class _Problem:
         learnable_bias,
         window_size,
     ):
-        self.layout = layout = _Layout(query, pooled_key.shape[1], window_size)
-        dtype, device = layout.dtype, query.device
-        self.query_norm, self.key_norm = _norm(query, dtype), _norm(key, dtype)  # (B, H, W, heads, 1)
-        self.query = layout.queries_of(query, self.query_norm)
-        self.key = layout.keys_of(key, self.key_norm)
-        self.value = layout.keys_of(value)
-        # (planes, scores, d): zero rows stand for the windows, so that products make whole rows of scores.
-        shape = layout.heads, layout.batch, layout.scores, layout.head_dim
-        pooled_maps = [query.new_zeros(shape, dtype=dtype) for _ in range(2)]
-        self.pooled_norm = _norm(pooled_key, dtype)
-        pooled_maps[0][:, :, layout.local :] = (pooled_key / self.pooled_norm).permute(2, 0, 1, 3)
-        pooled_maps[1][:, :, layout.local :] = pooled_value.permute(2, 0, 1, 3)
-        self.pooled_key, self.pooled_value = (x.flatten(0, 1) for x in pooled_maps)
-        self.embedding, self.temperature, self.tokens, self.token_bias = (
-            x.to(dtype) for x in (query_embedding, temperature, learnable_tokens, learnable_bias)
+        self.dtype = dtype = torch.promote_types(query.dtype, torch.float32)
+        self.query, self.key, self.value, self.window_size = query, key, value, window_size
+        self.batch, self.height, self.width, self.heads, self.head_dim = query.shape
+        self.embedding, self.tokens, self.token_bias, self.local_bias = (
+            x.to(dtype) for x in (query_embedding, learnable_tokens, learnable_bias, local_bias)
         )
+        pooled_key, pooled_value = (x.to(dtype).transpose(1, 2) for x in (pooled_key, pooled_value))
+        self.pooled = pooled_key.shape[2]
+        self.pooled_norm = _norm(pooled_key)
+        self.pooled_key, self.pooled_value = pooled_key / self.pooled_norm, pooled_value.contiguous()
 
-        offsets = torch.arange(window_size, device=device) - layout.radius
-        y = torch.arange(layout.rows, device=device)  # beyond the map too, as x
-        x = torch.arange(layout.columns * layout.tile.columns, device=device)
-        key_y, key_x = y[:, None] + offsets, x[:, None] + offsets
-        rows, columns = (key_y >= 0) & (key_y < layout.height), (key_x >= 0) & (key_x < layout.width)
-        length = self._by_tile(log_length(rows, columns, layout.pooled).to(dtype).T).mT.flatten(1)
-        self.length = length  # (column tiles, rows)
-        inside = (rows[:, None, :, None] & self._by_tile(columns)[:, None, :, None]).flatten(-2).flatten(1, 2)
-        bias = local_bias.to(dtype)[:, None, None]
-        self.local_bias = bias.where(inside, -torch.inf)  # (heads, column tiles, rows, local)
-        self.pooled_bias = pooled_bias.to(dtype).flatten(1)
-        self.row_index = row_index[y.clamp(max=layout.height - 1)] * pooled_bias.shape[2]
-        self.column_index = self._by_tile(column_index[x.clamp(max=layout.width - 1)])
-        self.shared: dict[str, tuple[tuple, Tensor]] = {}
+        inside = (window(length, window_size, query.device)[1] for length in (self.height, self.width))
+        self.length = log_length(*inside, self.pooled).to(dtype)[..., None, None]  # (H, W, 1, 1)
+        self.temperature = temperature.to(dtype)[:, None]
+        indices = {'row_index': row_index, 'column_index': column_index}
+        for (name, index), size in zip(indices.items(), pooled_bias.shape[1:], strict=True):
+            if index.device.type == 'cpu' and index.numel() and not 0 <= index.min() <= index.max() < size:
+                found = f'{index.min()}..{index.max()}'
+                raise IndexError(f'aggregated_attention: {name} must be in 0..{size - 1}, got {found}')
+        self.row_index, self.column_index = row_index, column_index
+        self.storage: dict[str, Tensor] = {}
+        self.bias_rows: slice | None = None
+        # Biases of the columns of the map and of pooled keys, (heads, rows of the table, W, pooled columns).
+        table = pooled_bias.to(dtype).flatten(0, 1).index_select(1, column_index.flatten())
+        self.table = table.view(*pooled_bias.shape[:2], *column_index.shape)
 
-    def _by_tile(self, x: Tensor) -> Tensor:
-        """(columns, ...) as (column tiles, columns of a tile, ...)."""
-        return x.unflatten(0, (self.layout.columns, self.layout.tile.columns))
+    def bands(self) -> Iterator['_Band']:
+        row = self.heads * self.width * self.head_dim
+        rows = max(1, min(self.height, _limit(self.query) // row))
+        images = max(1, min(self.batch, _limit(self.query) // (row * rows)))
+        for first in range(0, self.height, rows):
+            for image in range(0, self.batch, images):
+                last_row, last_image = min(first + rows, self.height), min(image + images, self.batch)
+                yield _Band(self, slice(first, last_row), slice(image, last_image))
 
-    def bias_index(self, chunk: Chunk) -> Tensor:
-        """Flat places in the table of biases of the scores of pooled tokens, (rows * pooled), shared by heads."""
-        if self.shared.get('index', (None,))[0] != chunk.columns:
-            rows, columns = self.row_index[:, None, :, None], self.column_index[chunk.columns][:, None, :, None]
-            self.shared['index'] = chunk.columns, (rows + columns).flatten()
-        return self.shared['index'][1]
+    def strips(self, rows: slice) -> Iterator[slice]:
+        """Fewer rows at a time, for scores of pooled keys."""
+        step = max(1, _limit(self.query) // (self.heads * self.width * self.pooled))
+        return (slice(first, min(first + step, rows.stop)) for first in range(rows.start, rows.stop, step))
 
-    def pooled_biases(self, chunk: Chunk) -> Tensor:
-        """Biases of the scores of pooled tokens, (heads, 1, rows, pooled), shared by images."""
-        if self.shared.get('bias', (None,))[0] != (chunk.heads, chunk.columns):
-            index = self.bias_index(chunk)
-            bias = self.layout.take('bias', chunk.heads.stop - chunk.heads.start, len(index))
-            for table, out in zip(self.pooled_bias[chunk.heads], bias, strict=True):
-                torch.index_select(table, 0, index, out=out)
-            self.shared['bias'] = (chunk.heads, chunk.columns), bias.view(len(bias), 1, -1, self.layout.pooled)
-        return self.shared['bias'][1]
+    def take(self, name: str, *shape: int) -> Tensor:
+        """Storage that bands share, by name, not initialised: the system takes its time to give new memory."""
+        size = torch.Size(shape).numel()
+        if name not in self.storage or self.storage[name].numel() < size:
+            self.storage[name] = self.table.new_empty(size)
+        return self.storage[name][:size].view(shape)
 
-    def scale(self, chunk: Chunk) -> Tensor:
-        """Length scale of the queries, (rows)."""
-        return self.length[chunk.columns].flatten()
+    def bias(self, rows: slice) -> Tensor:
+        """Biases of pooled keys, (heads, pixels of some rows, pooled); they are kept until they are asked of others."""
+        index = self.row_index[rows]
+        bias = self.take('bias', self.heads, len(index), self.width, index.shape[1], self.column_index.shape[1])
+        if self.bias_rows != rows:
+            by_row = self.take('bias by row', self.heads, index.numel(), *self.column_index.shape)
+            torch.index_select(self.table, 1, index.flatten(), out=by_row)
+            bias.copy_(by_row.view(self.heads, *index.shape, *self.column_index.shape).transpose(2, 3))
+            self.bias_rows = rows
+        return bias.view(self.heads, -1, self.pooled)
 
-    def embedded_query(self, chunk: Chunk) -> Tensor:
-        """(planes, rows, d), not scaled."""
-        q = chunk.rows_of(self.query)
-        return torch.add(q, chunk.per_head(self.embedding)[:, None], out=self.layout.take('embedded', *q.shape))
-
-    def scaled(self, x: Tensor, chunk: Chunk, name: str) -> Tensor:
-        """x (planes, rows, d) by length scale and temperature."""
-        scale = chunk.per_head(self.temperature)[:, None, None] * self.scale(chunk)[:, None]
-        return torch.mul(x, scale, out=self.layout.take(name, *x.shape))
-
-    def probabilities(self, chunk: Chunk, query: Tensor) -> Tensor:
-        """(planes, rows, scores)"""
-        local = self.layout.local
-        scores, windows = self.products('scores', chunk, query, self.key, self.pooled_key)
-        by_head = chunk.by_head(scores)
-        local_bias = self.local_bias[chunk.heads, None, chunk.columns].flatten(2, 3)
-        torch.add(chunk.by_head(windows), local_bias, out=by_head[..., :local])
-        by_head[..., local:].add_(self.pooled_biases(chunk))
-        return torch.softmax(scores, -1, out=self.layout.take('probabilities', *scores.shape))
-
-    def products(self, name: str, chunk: Chunk, queries: Tensor, keys: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Products of each query with the pooled keys and with the keys of its window.
-
-        The former are (planes, rows, scores), in which there is place for the others, (planes, rows, local).
-        """
-        layout = self.layout
-        out = layout.take(name, *queries.shape[:2], layout.scores)
-        torch.bmm(queries, chunk.planes_of(pooled).mT, out=out)
-        strips = layout.by_strip(queries)
-        products = layout.take('products', len(strips), layout.queries, layout.keys)
-        torch.bmm(strips, layout.strips_of(keys, chunk).mT, out=products)
-        windows = layout.take('windows', *queries.shape[:2], layout.local)
-        layout.windows(windows).copy_(layout.band(products))
-        return out, windows
-
-    def banded(self, windows: Tensor) -> Tensor:
-        """(planes, rows, local) as matrices (strips, queries, keys), zero outside of the windows."""
-        layout = self.layout
-        strips = windows.shape[0] * windows.shape[1] // layout.queries
-        out = layout.take('banded', strips, layout.queries, layout.keys, zero=True)
-        layout.band(out).copy_(layout.windows(windows))
-        return out
-
-    def sums(self, chunk: Chunk, banded: Tensor, rows: Tensor, keys: Tensor, pooled: Tensor, out: Tensor) -> Tensor:
-        """Write to out (planes, rows, d): sums of keys weighted by `banded`, and of pooled ones by `rows`."""
-        torch.bmm(rows, chunk.planes_of(pooled), out=out)
-        self.layout.by_strip(out).baddbmm_(banded, self.layout.strips_of(keys, chunk))
-        return out
-
-    def local_weights(self, chunk: Chunk, probabilities: Tensor) -> Tensor:
-        """(planes, rows, local): probabilities and what the learnable tokens add to them."""
-        q = chunk.rows_of(self.query)
-        weights = self.layout.take('weights', *q.shape[:2], self.layout.local)
-        torch.baddbmm(chunk.per_head(self.token_bias)[:, None], q, chunk.per_head(self.tokens), out=weights)
-        return weights.add_(probabilities[..., : self.layout.local])
+    def add_bias_gradient(self, d_table: Tensor, gradient: Tensor, rows: slice) -> None:
+        """Add the gradient of `bias(rows)` to that of the table."""
+        pooled = self.row_index.shape[1], self.column_index.shape[1]
+        gradient = gradient.view(self.heads, -1, self.width, *pooled).transpose(2, 3).flatten(1, 2)
+        d_table.index_add_(1, self.row_index[rows].flatten(), gradient)
 
 
-def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).clamp_(min=EPS)
+class _Band:
+    """Rows of some images: their queries, and the keys that their windows reach, as (images, rows, W, heads, d).
+
+    What there is of the cells of windows is (cells, images, rows, W, heads).
+    """
+
+    def __init__(self, problem: _Problem, rows: slice, images: slice):
+        self.problem, self.images, self.rows = problem, images, rows
+        radius = problem.window_size // 2
+        self.key_rows = slice(max(0, rows.start - radius), min(problem.height, rows.stop + radius))
+        query, key = self.of_queries(problem.query), self.of_keys(problem.key)
+        self.query_norm, self.key_norm = _norm(query), _norm(key)
+        self.query, self.key = query / self.query_norm, key / self.key_norm
+        self.value = self.of_keys(problem.value)
+        self.scale = problem.length[rows] * problem.temperature
+        self.scaled = (self.query + problem.embedding).mul_(self.scale)
+        self.workspace = torch.empty_like(self.query)
+        self.ones = self.query.new_ones(problem.head_dim)
+
+    def part(self, rows: slice) -> tuple[slice, slice]:
+        """Where some rows of the map are in the band's."""
+        return slice(None), slice(rows.start - self.rows.start, rows.stop - self.rows.start)
+
+    def of_queries(self, maps: Tensor) -> Tensor:
+        return maps[self.images, self.rows].to(self.problem.dtype).contiguous()
+
+    def of_keys(self, maps: Tensor) -> Tensor:
+        return maps[self.images, self.key_rows].to(self.problem.dtype).contiguous()
+
+    def cells(self) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+        """Of each cell of a window: its number, the queries for which it is inside of the map, and its keys."""
+        problem, radius = self.problem, self.problem.window_size // 2
+        for cell, (down, right) in enumerate(product(range(-radius, radius + 1), repeat=2)):
+            top, bottom = max(self.rows.start, -down), min(self.rows.stop, problem.height - down)
+            left, end = max(0, -right), min(problem.width, problem.width - right)
+            if top < bottom and left < end:
+                first, first_key = self.rows.start, self.key_rows.start - down
+                queries = slice(None), slice(top - first, bottom - first), slice(left, end)
+                keys = slice(None), slice(top - first_key, bottom - first_key), slice(left + right, end + right)
+                yield cell, queries, keys
+
+    def products(self, queries: Tensor, keys: Tensor, outside: float = 0.0) -> Tensor:
+        """Of each query with the keys of its window's cells."""
+        cells = self.problem.window_size**2
+        result = queries.new_full((cells, *queries.shape[:-1]), outside)
+        for cell, of_queries, of_keys in self.cells():
+            part = queries[of_queries]
+            out = self.workspace.view(-1)[: part.numel()].view(part.shape)
+            torch.mul(part, keys[of_keys], out=out)
+            result[cell][of_queries] = out.view(-1, part.shape[-1]).mv(self.ones).view(part.shape[:-1])
+        return result
+
+    def add_sums(self, out: Tensor, weights: Tensor, keys: Tensor) -> None:
+        """Add, for each query, the sum of its cells' keys by weights."""
+        for cell, of_queries, of_keys in self.cells():
+            out[of_queries].addcmul_(weights[cell][of_queries][..., None], keys[of_keys])
+
+    def add_sums_of_keys(self, out: Tensor, weights: Tensor, queries: Tensor) -> None:
+        """Add to maps, for each key of the band, the sum of the queries by the weights that it has in their windows."""
+        out = out[self.images, self.key_rows]
+        for cell, of_queries, of_keys in self.cells():
+            out[of_keys].addcmul_(weights[cell][of_queries][..., None], queries[of_queries])
+
+    def token_weights(self) -> Tensor:
+        """What the learnable tokens add to the weights of cells."""
+        flat = self.query.flatten(0, 2).transpose(0, 1)  # (heads, queries, d)
+        weights = torch.baddbmm(self.problem.token_bias[:, None], flat, self.problem.tokens)
+        return weights.permute(2, 1, 0).unflatten(1, self.query.shape[:3])
+
+    def local_scores(self) -> Tensor:
+        scores = self.products(self.scaled, self.key, -torch.inf)
+        return scores.add_(self.problem.local_bias.T[:, None, None, None])
 
 
-def _of_unnormalised(gradient: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """Gradient of x from that of x / norm."""
-    x = x.to(gradient.dtype)
-    along = (gradient * x).sum(-1, keepdim=True) / norm**2
-    return gradient.addcmul(x, along, value=-1).div_(norm)
+def _by_plane(x: Tensor) -> Tensor:
+    """(..., rows, W, heads, d) as (..., heads, pixels, d), a view."""
+    return x.flatten(-4, -3).transpose(-3, -2)
 
 
 @torch.library.custom_op('zoo::aggregated_attention', mutates_args=())
@@ -407,22 +223,36 @@ def forward(
     learnable_tokens: Tensor,
     learnable_bias: Tensor,
     window_size: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Output, and the logarithm of the sum of each query's weights, (batch, height, width, heads)."""
     inputs = query, key, value, pooled_key, pooled_value, query_embedding, temperature, local_bias, pooled_bias
+    output, log_sums = _empty_results(query)
     with torch.autocast(query.device.type, enabled=False):
         problem = _Problem(*inputs, row_index, column_index, learnable_tokens, learnable_bias, window_size)
-        output = problem.layout.new_queries()
-        for chunk in problem.layout.chunks():
-            q = problem.scaled(problem.embedded_query(chunk), chunk, 'query')
-            p = problem.probabilities(chunk, q)
-            weights = problem.banded(problem.local_weights(chunk, p))
-            problem.sums(chunk, weights, p, problem.value, problem.pooled_value, chunk.rows_of(output))
-        return problem.layout.query_maps(output)
+        for band in problem.bands():
+            weights = band.local_scores()
+            total, out = weights.logsumexp(0), torch.empty_like(band.query)
+            pooled_sums = torch.empty_like(total)
+            for rows in problem.strips(band.rows):
+                part = band.part(rows)
+                pooled = problem.pooled_key[band.images], problem.pooled_value[band.images]
+                sums, log_sum = _attend(_by_plane(band.scaled[part]), *pooled, problem.bias(rows))
+                out[part], pooled_sums[part] = (
+                    x.transpose(1, 2).unflatten(1, (-1, problem.width)) for x in (sums, log_sum)
+                )
+            total = torch.logaddexp(total, pooled_sums)
+            weights = weights.sub_(total).exp_().add_(band.token_weights())
+            out.mul_(pooled_sums.sub_(total).exp_()[..., None])
+            band.add_sums(out, weights, band.value)
+            output[band.images, band.rows] = out
+            log_sums[band.images, band.rows] = total
+    return output, log_sums
 
 
 @torch.library.custom_op('zoo::aggregated_attention_backward', mutates_args=())
 def backward(
     grad_output: Tensor,
+    log_sums: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -442,65 +272,67 @@ def backward(
     inputs = query, key, value, pooled_key, pooled_value, query_embedding, temperature, local_bias, pooled_bias
     with torch.autocast(query.device.type, enabled=False):
         problem = _Problem(*inputs, row_index, column_index, learnable_tokens, learnable_bias, window_size)
-        layout = problem.layout
-        local, d_query = layout.local, layout.new_queries()
-        grads = layout.queries_of(grad_output)
-        (d_keys, d_key), (d_values, d_value) = layout.new_keys(), layout.new_keys()
+        d_query, d_key, d_value = (x.new_zeros(x.shape, dtype=problem.dtype) for x in inputs[:3])
         d_pooled_key, d_pooled_value = torch.zeros_like(problem.pooled_key), torch.zeros_like(problem.pooled_value)
         d_embedding, d_temperature = torch.zeros_like(problem.embedding), torch.zeros_like(problem.temperature)
         d_tokens, d_token_bias = torch.zeros_like(problem.tokens), torch.zeros_like(problem.token_bias)
-        d_local_bias, d_pooled_bias = torch.zeros_like(problem.token_bias), torch.zeros_like(problem.pooled_bias)
-        for chunk in layout.chunks():
-            heads = chunk.heads
-            g, q_hat, dq = (chunk.rows_of(x) for x in (grads, problem.query, d_query))
-            embedded = problem.embedded_query(chunk)
-            q = problem.scaled(embedded, chunk, 'query')
-            p = problem.probabilities(chunk, q)
+        d_local_bias, d_table = torch.zeros_like(problem.local_bias), torch.zeros_like(problem.table)
+        for band in problem.bands():
+            grad, log_sum = band.of_queries(grad_output), log_sums[band.images, band.rows]
+            d_weights = band.products(grad, band.value)
+            weights = band.local_scores().sub_(log_sum).exp_()
+            # Sums of each query's weights, one but for what `_attend` rounds, and of their products with gradients.
+            total, delta = weights.sum(0), (weights * d_weights).sum(0)
+            d_scaled = torch.empty_like(band.query)
+            for rows in problem.strips(band.rows):
+                bias = problem.bias(rows)
+                for image in range(len(grad)):
+                    at, part = band.images.start + image, (image, *band.part(rows)[1:])
+                    q, g = _by_plane(band.scaled[part]), _by_plane(grad[part])
+                    log_sum_, total_, delta_ = (x[part].flatten(0, 1).T for x in (log_sum, total, delta))
+                    p = torch.baddbmm(bias, q, problem.pooled_key[at].mT, out=problem.take('p', *bias.shape))
+                    p.sub_(log_sum_[..., None]).exp_()
+                    d_pooled_value[at].baddbmm_(p.mT, g)
+                    dp = torch.bmm(g, problem.pooled_value[at].mT, out=problem.take('dp', *bias.shape))
+                    ds = torch.mul(p, dp, out=problem.take('ds' if image else 'ds of images', *bias.shape))
+                    delta_.add_(ds.sum(-1)).div_(total_ + p.sum(-1))
+                    torch.mul(dp.sub_(delta_[..., None]), p, out=ds)
+                    d_pooled_key[at].baddbmm_(ds.mT, q)
+                    _by_plane(d_scaled[part]).copy_(torch.bmm(ds, problem.pooled_key[at]))
+                    if image:
+                        problem.take('ds of images', *bias.shape).add_(ds)
+                problem.add_bias_gradient(d_table, problem.take('ds of images', *bias.shape), rows)
 
-            weights = problem.banded(problem.local_weights(chunk, p))
-            strips = layout.take('strips', len(weights), layout.keys, layout.head_dim)
-            layout.fold_strips(d_values, chunk, torch.bmm(weights.mT, layout.by_strip(g), out=strips))
-            chunk.planes_of(d_pooled_value).baddbmm_(p.mT, g)
-
-            dp, dw = problem.products('gradients', chunk, g, problem.value, problem.pooled_value)
-            dp[..., :local] = dw
-            d_tokens[heads] += chunk.by_head(torch.bmm(q_hat.mT, dw)).sum(1)
-            d_token_bias[heads] += chunk.by_head(dw).sum((1, 2))
-
-            ds = layout.take('scores', *p.shape)
-            torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=ds)
-            shared = chunk.by_head(ds)
-            shared = shared.sum(1) if chunk.images > 1 else shared[:, 0]  # (heads, rows, scores)
-            d_local_bias[heads] += shared[..., :local].sum(1)
-            index = problem.bias_index(chunk)
-            for table, part in zip(d_pooled_bias[heads], shared[..., local:], strict=True):
-                table.index_add_(0, index, part.flatten())
-            chunk.planes_of(d_pooled_key).baddbmm_(ds.mT, q)
-            weights = problem.banded(layout.take('weights', *dw.shape).copy_(ds[..., :local]))
-            layout.fold_strips(d_keys, chunk, torch.bmm(weights.mT, layout.by_strip(q), out=strips))
-
-            problem.sums(chunk, weights, ds, problem.key, problem.pooled_key, dq)
-            by_row = chunk.by_head(torch.mul(dq, embedded, out=embedded)).sum((1, 3))  # (heads, rows)
-            d_temperature[heads] += by_row @ problem.scale(chunk)
-            dq.copy_(problem.scaled(dq, chunk, 'query'))
-            d_embedding[heads] += chunk.by_head(dq).sum((1, 2))
-            dq.baddbmm_(dw, chunk.per_head(problem.tokens).mT)
-            along = torch.mul(dq, q_hat, out=embedded).sum(-1, keepdim=True)
-            dq.addcmul_(q_hat, along, value=-1)
-
-        by_plane = layout.heads, layout.batch
-        d_pooled_key, d_pooled_value = (x.unflatten(0, by_plane) for x in (d_pooled_key, d_pooled_value))
-        d_pooled_key, d_pooled_value = (x[:, :, local:].permute(1, 2, 0, 3) for x in (d_pooled_key, d_pooled_value))
+            d_scores = weights * (d_weights - delta)
+            band.add_sums(d_scaled, d_scores, band.key)
+            band.add_sums_of_keys(d_key, d_scores, band.scaled)
+            band.add_sums_of_keys(d_value, weights.add_(band.token_weights()), grad)
+            d_local_bias += d_scores.sum((1, 2, 3)).T
+            d_token_bias += d_weights.sum((1, 2, 3)).T
+            flat, of_cells = (x.flatten(0, 2).transpose(0, 1) for x in (band.query, d_weights.permute(1, 2, 3, 4, 0)))
+            d_tokens.baddbmm_(flat.mT, of_cells)
+            embedded = band.query + problem.embedding
+            along = (d_scaled * embedded).sum(-1, keepdim=True).mul_(problem.length[band.rows])
+            d_temperature += along.sum((0, 1, 2))
+            d_scaled.mul_(band.scale)
+            d_embedding += d_scaled.sum((0, 1, 2))
+            d_scaled.flatten(0, 2).transpose(0, 1).baddbmm_(of_cells, problem.tokens.mT)
+            d_query[band.images, band.rows] = _of_unnormalised(d_scaled, band.query, band.query_norm)
+        key_norm = _norm(key.to(problem.dtype))
+        d_key = _of_unnormalised(d_key, key / key_norm, key_norm)
+        d_pooled_key = _of_unnormalised(d_pooled_key, problem.pooled_key, problem.pooled_norm)
+        d_pooled_bias = pooled_bias.new_zeros(pooled_bias.shape, dtype=problem.dtype)
+        d_pooled_bias.flatten(0, 1).index_add_(1, column_index.flatten(), d_table.flatten(2).flatten(0, 1))
         gradients = (
-            layout.query_maps(d_query, problem.query_norm),
-            _of_unnormalised(layout.key_maps(d_key), key, problem.key_norm),
-            layout.key_maps(d_value),
-            _of_unnormalised(d_pooled_key, pooled_key, problem.pooled_norm),
-            d_pooled_value,
+            d_query,
+            d_key,
+            d_value,
+            d_pooled_key.transpose(1, 2),
+            d_pooled_value.transpose(1, 2),
             d_embedding,
-            d_temperature,
+            d_temperature[:, 0],
             d_local_bias,
-            d_pooled_bias.view(pooled_bias.shape),
+            d_pooled_bias,
             d_tokens,
             d_token_bias,
         )
@@ -508,23 +340,32 @@ def backward(
         return [x.to(like.dtype).contiguous() for x, like in zip(gradients, likes, strict=True)]
 
 
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(query.shape[:-1], dtype=dtype, device=query.device),
+    )
+
+
 @forward.register_fake
 def _(query, *arguments):
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return _empty_results(query)
 
 
 @backward.register_fake
-def _(grad_output, *arguments):
+def _(grad_output, log_sums, *arguments):
     *floating, _, _, tokens, bias, _ = arguments
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*floating, tokens, bias)]
 
 
 def _save(ctx, inputs, output):
     *tensors, ctx.window_size = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors)
 
 
-def _differentiate(ctx, grad_output):
+def _differentiate(ctx, grad_output, _):
     *floating, tokens, bias = backward(grad_output, *ctx.saved_tensors, ctx.window_size)
     return *floating, None, None, tokens, bias, None
 
@@ -535,9 +376,9 @@ forward.register_autograd(_differentiate, setup_context=_save)
 def aggregated_attention(*arguments) -> Tensor:
     """The arguments and the result of `reference.aggregated_attention`.
 
-    One custom operator with a backward of its own: only the arguments are kept. Half precision is computed in float32.
+    One custom operator with a backward of its own. Half precision is computed in float32.
     """
-    return forward(*arguments)
+    return forward(*arguments)[0]
 
 
 # --- position bias

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.benchmarks.operators import Benchmark, Calls, Setting, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, calls
 from zoo.kernels import aggregated_attention
 
 WINDOW_SIZE = 3
@@ -60,7 +60,10 @@ def official(
     learnable_bias,
     window_size,
 ):
-    """As DaiShiResearch/TransNeXt's native code: windows of keys and values unfolded, a bias of every pair gathered."""
+    """As DaiShiResearch/TransNeXt's native code: windows of keys and values unfolded, a bias of every pair gathered.
+
+    Products are computed in the dtype of the queries, as under autocast.
+    """
     B, H, W, heads, d = query.shape
     N, P, window = H * W, pooled_key.shape[1], window_size**2
     inside = query.new_ones(1, 1, H, W)
@@ -68,7 +71,7 @@ def official(
     length = (window - outside.sum(-1, keepdim=True) + P).float().log()
 
     q = F.normalize(query.flatten(1, 2).transpose(1, 2), dim=-1)  # (B, heads, N, d)
-    scaled = (q + query_embedding[:, None]) * temperature[:, None, None] * length
+    scaled = ((q + query_embedding[:, None]) * temperature[:, None, None] * length).to(query.dtype)
     kv = torch.cat([F.normalize(key, dim=-1).flatten(3), value.flatten(3)], -1).permute(0, 3, 1, 2)
     kv = F.unfold(kv, window_size, padding=window_size // 2).view(B, 2 * heads, d, window, N)
     k_local, v_local = kv.permute(0, 1, 4, 2, 3).chunk(2, 1)
@@ -78,9 +81,9 @@ def official(
     k_pool, v_pool = F.normalize(pooled_key, dim=-1).transpose(1, 2), pooled_value.transpose(1, 2)
     pairs = (row_index[:, None, :, None] * pooled_bias.shape[2] + column_index[:, None]).reshape(-1)
     bias = pooled_bias.flatten(1)[:, pairs].view(heads, N, P)
-    weights = torch.cat([local, scaled @ k_pool.mT + bias], -1).softmax(-1)
+    weights = torch.cat([local, scaled @ k_pool.mT + bias], -1).softmax(-1).to(query.dtype)
     local, pooled = weights.split([window, P], -1)
-    local = (q @ learnable_tokens) + learnable_bias[:, None] + local
+    local = q @ learnable_tokens.to(query.dtype) + learnable_bias[:, None].to(query.dtype) + local
     out = (local[..., None, :] @ v_local.mT).squeeze(-2) + pooled @ v_pool
     return out.transpose(1, 2).reshape(B, H, W, heads, d)
 
@@ -106,10 +109,12 @@ def attend(implementation, q, kv, pooled_kv, embedding, temperature, local_bias,
 def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
     heads, d, index = case.heads, case.head_dim, indices(case)
     distances, cells = int(index.max()) + 1, WINDOW_SIZE**2
-    shapes = (
+    maps = (
         (case.batch, case.size, case.size, heads, d),
         (case.batch, case.size, case.size, 2, heads, d),
         (case.batch, case.pooled**2, 2, heads, d),
+    )
+    parameters = (
         (heads, d),
         (heads,),
         (heads, cells),
@@ -117,14 +122,27 @@ def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
         (heads, d, cells),
         (heads, cells),
     )
-    inputs = [setting.randn(*shape, seed=i) for i, shape in enumerate(shapes)]
+    inputs = [setting.randn(*shape, seed=i) for i, shape in enumerate(maps)]
+    setting = setting._replace(dtype=torch.float32)  # of parameters
+    inputs += [setting.randn(*shape, seed=i) for i, shape in enumerate(parameters, len(maps))]
     index = index.to(setting.device)
     functions = {'official': partial(attend, 'official'), 'ours': partial(attend, None)}
-    functions |= {
+    compiled = functions
+    if setting.device == 'cuda':
+        functions = {'official': partial(attend, 'official'), 'triton': partial(attend, 'triton')}
+        compiled = {name: partial(attend, name) for name in ('official', 'reference')}
+    functions = functions | {
         f'{name}, compiled': torch.compile(function, dynamic=False, fullgraph=True)
-        for name, function in functions.items()
+        for name, function in compiled.items()
     }
     return {name: calls(function, [*inputs, index]) for name, function in functions.items()}
 
 
-BENCHMARK = Benchmark('aggregated', {'cpu': CPU, 'cuda': CUDA}, contenders, official)
+def cost(case: Case, itemsize: int) -> Cost:
+    tokens = case.batch * (4 * case.size**2 + 2 * case.pooled**2)  # query, key, value, output; pooled ones
+    width = case.heads * case.head_dim
+    products = 2 * case.pooled**2 + 3 * WINDOW_SIZE**2  # a third of the window: the learnable tokens
+    return Cost(tokens * width * itemsize, 2 * case.batch * case.size**2 * width * products)
+
+
+BENCHMARK = Benchmark('aggregated', {'cpu': CPU, 'cuda': CUDA}, contenders, official, cost)

@@ -36,10 +36,12 @@ RESULTS = Path(__file__).parent / 'results' / 'compile_proof.json'
 SPILLS = {
     '*': 16,  # a register or four, which ptxas gives up where one more program fits for it
     'neighborhood bfloat16 57x57 kernel 7x7 head_dim 48 query_gradient': 24,  # on sm_120 alone
+    'aggregated *float16 * window 3x3 * forward': 72,  # on sm_120 alone; smaller tiles would leave warps idle
+    'aggregated * window 7x7 *_gradient': 48,  # heads of 96 and 128 numbers, which no model has
     'neighborhood ieee * query_gradient': 280,  # products of float32 without tensor cores hold both factors
 }
 # Kernels without products of matrices, and products that tensor cores do not compute.
-NO_TENSOR_CORES = ('* bias_gradient_sum', '* ieee *')
+NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure', '* learnable_gradient', 'aggregated * key_gradient')
 
 
 class Task(NamedTuple):

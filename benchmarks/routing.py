@@ -1,9 +1,10 @@
 """Routing attention beside the official formulation and its definition, forward and with the backward.
 
     python -m benchmarks.kernels routing                                  # a few minutes
+    python -m benchmarks.kernels routing --device cuda
 
-Eager; the shapes of biformer_tiny's stages at 512 and at 224 pixels, on a GPU at larger batches. Inputs are views of
-a packed projection, and every formulation pays for its own layout.
+The shapes of biformer_tiny's stages at 512 and at 224 pixels, on a GPU at larger batches, where the plain formulations
+are measured compiled too. Inputs are views of a packed projection, and every formulation pays for its own layout.
 """
 
 from functools import partial
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from zoo.benchmarks.operators import Benchmark, Calls, Setting, calls
+from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, calls
 from zoo.kernels import routing_attention
 
 
@@ -39,10 +40,10 @@ CUDA = {
 }
 
 
-def official(query, key, value, region_index, region_size, scale):
+def official(query, key, value, region_index, region_size, scale, mask_padding):
     """As rayleizhu/BiFormer's bra_legacy.py: keys and values gathered out of a map expanded over the regions.
 
-    Routes are shared by the heads, region_index (batch, 1, regions, topk), and regions divide the map.
+    Routes are shared by the heads, region_index (batch, 1, regions, topk), and regions divide the map: no padding.
     """
     B, H, W, heads, d = query.shape
     rows, columns = region_size
@@ -75,10 +76,18 @@ def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
         scale = (case.heads * case.head_dim) ** -0.5
         return routing_attention(*qkv.unbind(3), region_index, case.region_size, scale, implementation=implementation)
 
-    return {
-        name: calls(partial(attend, implementation), [qkv, region_index])
-        for name, implementation in (('official', 'official'), ('reference', 'reference'), ('ours', None))
-    }
+    functions = {'official': partial(attend, 'official'), 'reference': partial(attend, 'reference')}
+    if setting.device == 'cuda':
+        compiled = partial(torch.compile, dynamic=False, fullgraph=True)
+        functions |= {f'{name}, compiled': compiled(function) for name, function in functions.items()}
+        functions['tiled'] = partial(attend, 'tiled')
+    functions['ours'] = partial(attend, None)
+    return {name: calls(function, [qkv, region_index]) for name, function in functions.items()}
 
 
-BENCHMARK = Benchmark('routing', {'cpu': CPU, 'cuda': CUDA}, contenders, official)
+def cost(case: Case, itemsize: int) -> Cost:
+    numbers = case.batch * case.size**2 * case.heads * case.head_dim
+    return Cost(4 * numbers * itemsize, 4 * numbers * case.topk * case.region_size**2)
+
+
+BENCHMARK = Benchmark('routing', {'cpu': CPU, 'cuda': CUDA}, contenders, official, cost)

@@ -16,7 +16,13 @@ from .launch import Launch
 
 # Shared memory of one program, in KiB, by compute capability (CUDA C++ Programming Guide, technical specifications).
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-POINTERS = {torch.float16: '*fp16', torch.bfloat16: '*bf16', torch.float32: '*fp32', torch.int32: '*i32'}
+POINTERS = {
+    torch.float16: '*fp16',
+    torch.bfloat16: '*bf16',
+    torch.float32: '*fp32',
+    torch.int32: '*i32',
+    torch.int64: '*i64',
+}
 TENSOR_CORE = re.compile(r'(wgmma\.mma_async|tcgen05\.mma|mma\.sync)')
 
 

@@ -10,6 +10,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def map_offset(y, x, stride_y, stride_x):
+    """Offset of row y and column x within an image and head."""
+    return y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+
+
+@triton.jit
 def plane(image, head, heads, height, width):
     """Offset of a head's map in (batch, heads, height, width)."""
     return (image * heads + head) * height * width

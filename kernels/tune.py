@@ -15,10 +15,12 @@ from types import ModuleType
 import torch
 
 from . import configs, launch
+from .aggregated import triton as aggregated
 from .launch import Block, Launch
 from .neighborhood import triton as neighborhood
+from .routing import triton as routing
 
-OPERATORS: dict[str, ModuleType] = {'neighborhood': neighborhood}
+OPERATORS: dict[str, ModuleType] = {'neighborhood': neighborhood, 'routing': routing, 'aggregated': aggregated}
 STEPS, WARPS, STAGES = (16, 32, 64, 128), (2, 4, 8), (1, 2, 3)
 
 

@@ -3,12 +3,14 @@
 Beside it, the MLP that makes biases of relative positions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, flops
 from ..dispatch import Operator, Problem, Verdict, chosen, possible
-from . import reference, tiled
+from . import reference, tiled, triton
 
 __all__ = ['aggregated_attention', 'position_bias']
 
@@ -37,10 +39,23 @@ def _judge_chunks(problem: Problem) -> Verdict:
     return chosen('it never holds the hidden units of all positions, nor keeps any for the backward')
 
 
+def _products(query: tuple, pooled_key: tuple, window_size: int) -> int:
+    """With the learnable tokens, a third product over the window."""
+    return math.prod(query) * (2 * pooled_key[1] + 3 * window_size**2)
+
+
+def _products_of_bias(rows: tuple, columns: tuple, weight: tuple) -> int:
+    return rows[0] * columns[0] * math.prod(weight)
+
+
+OPERATOR.register('triton', triton.aggregated_attention, triton.judge)
 OPERATOR.register('tiled', tiled.aggregated_attention, _judge_tiled)
 OPERATOR.register('reference', reference.aggregated_attention, _judge_reference)
 POSITION_BIAS.register('tiled', tiled.position_bias, _judge_chunks)
 POSITION_BIAS.register('reference', reference.position_bias, _judge_reference)
+for _operator in ('aggregated_attention', 'aggregated_attention_triton'):
+    flops.register(_operator, _products)
+flops.register('position_bias', _products_of_bias)
 
 
 def aggregated_attention(
@@ -149,7 +164,8 @@ def aggregated_attention(
         raise ValueError(f'{NAME}: there must be pooled keys, got none')
     query, key, value, pooled_key, pooled_value = checks.autocast(query, key, value, pooled_key, pooled_value)
     scores = height * width * tokens
-    return OPERATOR.select(query, implementation, scores=scores, trains=torch.is_grad_enabled())(
+    options = dict(scores=scores, trains=torch.is_grad_enabled(), window_size=window_size)
+    return OPERATOR.select(query, implementation, **options)(
         query,
         key,
         value,

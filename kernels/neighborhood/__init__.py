@@ -1,8 +1,10 @@
 """Neighborhood attention: every query attends to the kernel_size nearest keys per axis (NAT, DiNAT)."""
 
+import math
+
 from torch import Tensor
 
-from .. import checks
+from .. import checks, flops
 from ..dispatch import Operator, Problem, Verdict, chosen, possible
 from . import reference, tiled, triton
 
@@ -23,9 +25,15 @@ def _judge_reference(problem: Problem) -> Verdict:
     return possible('the definition, in plain operations')
 
 
+def _products(query: tuple, kernel_size: list[int]) -> int:
+    return 2 * math.prod(query) * math.prod(kernel_size)
+
+
 OPERATOR.register('triton', triton.neighborhood_attention, triton.judge)
 OPERATOR.register('tiled', tiled.neighborhood_attention, _judge_tiled)
 OPERATOR.register('reference', reference.neighborhood_attention, _judge_reference)
+for _operator in ('neighborhood_attention_tiled', 'neighborhood_attention_triton'):
+    flops.register(_operator, _products)
 
 
 def neighborhood_attention(

@@ -11,7 +11,7 @@ inversely; offsets into memory are of 64 bits.
 import triton
 import triton.language as tl
 
-from ..triton_common import LOG2E, load_tokens, online_softmax_step, plane, store_tokens, vector
+from ..triton_common import LOG2E, load_tokens, map_offset, online_softmax_step, plane, store_tokens, vector
 
 
 @triton.jit
@@ -58,9 +58,7 @@ def within(position, start, KERNEL: tl.constexpr):
 @triton.jit
 def token(y, x, residue_y, residue_x, dilation_y, dilation_x, stride_y, stride_x):
     """Offset of a position within its image and head."""
-    row = (residue_y + dilation_y * y).to(tl.int64)
-    column = (residue_x + dilation_x * x).to(tl.int64)
-    return row * stride_y + column * stride_x
+    return map_offset(residue_y + dilation_y * y, residue_x + dilation_x * x, stride_y, stride_x)
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 """Bi-level routing attention (BiFormer, arXiv 2303.08810): a region attends to the regions it is routed to."""
 
+import math
+
 import torch
 from torch import Tensor
 
-from zoo.kernels import checks
+from zoo.kernels import checks, flops
 from zoo.kernels.dispatch import Operator, Problem, Verdict, chosen, possible
-from zoo.kernels.routing import reference, tiled
+from zoo.kernels.routing import reference, tiled, triton
 
 __all__ = ['routing_attention']
 
@@ -23,8 +25,19 @@ def _judge_reference(problem: Problem) -> Verdict:
     return possible('the definition, made of plain operations')
 
 
+def _products(query: tuple, region_index: tuple, region_size: tuple[int, int]) -> int:
+    return 2 * math.prod(query) * region_index[-1] * math.prod(region_size)
+
+
+def _products_of_tiled(query: tuple, region_index: tuple, rows: int, columns: int) -> int:
+    return _products(query, region_index, (rows, columns))
+
+
+OPERATOR.register('triton', triton.routing_attention, triton.judge)
 OPERATOR.register('tiled', tiled.routing_attention, _judge_tiled)
 OPERATOR.register('reference', reference.routing_attention, _judge_reference)
+flops.register('routing_attention', _products_of_tiled)
+flops.register('routing_attention_triton', _products)
 
 
 def routing_attention(
@@ -34,13 +47,14 @@ def routing_attention(
     region_index: Tensor,
     region_size: int | tuple[int, int],
     scale: float | None = None,
+    mask_padding: bool = False,
     implementation: str | None = None,
 ) -> Tensor:
     """Softmax attention of the pixels of each region of a map to all pixels of the regions listed for it.
 
     The map is cut into a row-major grid of regions. Where region_size does not divide the map, query, key and value
-    are padded with zeros at the right and the bottom, as in the official code: the padding is not masked, so its keys
-    take part with logit 0 and its values with 0; the output is cropped.
+    are padded with zeros at the right and the bottom, and the output is cropped. As in the official code the padding
+    is not masked unless `mask_padding` says so: its keys take part with logit 0 and its values with 0.
 
     Args:
         query, key, value: (batch, height, width, heads, head_dim), of one floating dtype, usually views of a packed
@@ -49,6 +63,8 @@ def routing_attention(
             that the queries of each region attend to. One that is listed twice counts twice. Has no gradient.
         region_size: (rows, columns) of pixels of a region, or one int for both.
         scale: of the logits; head_dim ** -0.5 if None. BiFormer passes its full width ** -0.5.
+        mask_padding: whether keys of the padding are left out, for weights trained so. It makes no difference where
+            region_size divides the map.
         implementation: name of the implementation to run; None leaves the choice to `zoo.kernels.dispatch`.
 
     Returns:
@@ -57,7 +73,7 @@ def routing_attention(
     Raises:
         TypeError, ValueError: arguments of other kinds, shapes, dtypes, devices or ranges; an implementation that
             cannot run.
-        IndexError: an index that is not a region's, on the CPU.
+        IndexError: an index that is not a region's, on the CPU. On a GPU `triton` takes it for a region of padding.
     """
     checks.same_kind(NAME, query=query, key=key, value=value)
     if not isinstance(region_index, Tensor):
@@ -88,4 +104,4 @@ def routing_attention(
     query, key, value = checks.autocast(query, key, value)
     scale = head_dim**-0.5 if scale is None else scale
     region_index = region_index[:, None] if shared else region_index
-    return OPERATOR.select(query, implementation)(query, key, value, region_index, region_size, scale)
+    return OPERATOR.select(query, implementation)(query, key, value, region_index, region_size, scale, mask_padding)

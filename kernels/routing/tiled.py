@@ -17,17 +17,30 @@ CHUNK = 2**26  # elsewhere, where calls must be few
 
 
 def routing_attention(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, region_size: tuple[int, int], scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_index: Tensor,
+    region_size: tuple[int, int],
+    scale: float,
+    mask_padding: bool,
 ) -> Tensor:
     """(batch, height, width, heads, head_dim) -> same, contiguous; region_index (batch, 1 or heads, regions, topk)."""
-    return torch.ops.zoo.routing_attention(query, key, value, region_index, *region_size, scale)
+    return torch.ops.zoo.routing_attention(query, key, value, region_index, *region_size, scale, mask_padding)
 
 
 @torch.library.custom_op('zoo::routing_attention', mutates_args=())
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, region_index: Tensor, rows: int, columns: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_index: Tensor,
+    rows: int,
+    columns: int,
+    scale: float,
+    mask_padding: bool = False,
 ) -> Tensor:
-    layout = Layout(query, region_index, rows, columns)
+    layout = Layout(query, region_index, rows, columns, mask_padding)
     out = layout.empty()
     with torch.autocast(query.device.type, enabled=False):
         for images in layout.images():
@@ -35,9 +48,8 @@ def forward(
             k, v = layout.regions(key, images), layout.regions(value, images)
             o = torch.empty_like(q)
             for part, chosen in layout.problems(images):
-                scores = torch.bmm(layout.queries(q)[part], layout.gather(k, chosen).mT)
-                probabilities = torch.softmax(scores, -1)
-                torch.bmm(probabilities, layout.gather(v, chosen), out=layout.queries(o)[part])
+                p = layout.softmax(torch.bmm(layout.queries(q)[part], layout.gather(k, chosen).mT), chosen)
+                torch.bmm(p, layout.gather(v, chosen), out=layout.queries(o)[part])
             layout.write(out, images, o)
     return layout.crop(out)
 
@@ -52,8 +64,9 @@ def backward(
     rows: int,
     columns: int,
     scale: float,
+    mask_padding: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = Layout(query, region_index, rows, columns)
+    layout = Layout(query, region_index, rows, columns, mask_padding)
     grad_query, grad_key, grad_value = layout.empty(), layout.empty(), layout.empty()
     with torch.autocast(query.device.type, enabled=False):
         for images in layout.images():
@@ -63,8 +76,7 @@ def backward(
             for part, chosen in layout.problems(images):
                 q_part, do_part = layout.queries(q)[part], layout.queries(do)[part]
                 k_part = layout.gather(k, chosen)
-                scores = torch.bmm(q_part, k_part.mT)
-                p = torch.softmax(scores, -1)
+                p = layout.softmax(torch.bmm(q_part, k_part.mT), chosen)
                 layout.scatter_add(dv, chosen, torch.bmm(p.mT, do_part))
                 dp = torch.bmm(do_part, layout.gather(v, chosen).mT)
                 ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
@@ -79,7 +91,7 @@ def backward(
 class Layout:
     """Where regions and their pixels lie, and how the work is cut into chunks."""
 
-    def __init__(self, query: Tensor, region_index: Tensor, rows: int, columns: int):
+    def __init__(self, query: Tensor, region_index: Tensor, rows: int, columns: int, mask_padding: bool):
         self.query = query
         self.batch, self.height, self.width, self.heads, self.head_dim = query.shape
         self.rows, self.columns = rows, columns
@@ -92,6 +104,10 @@ class Layout:
                 raise IndexError(f'routing_attention: region_index holds {low}..{high} of {self.num_regions} regions')
         self.index = region_index.expand(-1, self.heads, -1, -1)  # (batch, heads, regions, topk)
         self.limit = CPU_CHUNK if query.device.type == 'cpu' else CHUNK
+        self.padding = None  # (regions, pixels)
+        if mask_padding and self.padded != (self.height, self.width):
+            outside = query.new_zeros(1, self.height, self.width, 1, 1, dtype=torch.bool)
+            self.padding = self.by_region(self.pad(outside, value=True)).reshape(self.num_regions, rows * columns)
         # Where the scores of one region are many, its queries are cut into strips: each is a problem of its own.
         pixels = rows * columns
         keys = region_index.shape[-1] * pixels
@@ -106,6 +122,9 @@ class Layout:
     def crop(self, x: Tensor) -> Tensor:
         return x[:, : self.height, : self.width].contiguous()
 
+    def pad(self, x: Tensor, value: float = 0) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height), value=value)
+
     def images(self) -> Iterator[slice]:
         """The batch in groups of images whose rearranged maps a chunk holds."""
         size = self.padded[0] * self.padded[1] * self.heads * self.head_dim
@@ -114,8 +133,8 @@ class Layout:
 
     def regions(self, x: Tensor, images: slice) -> Tensor:
         """Images of a map, padded, as contiguous (images, heads, regions, pixels, head_dim) of at least float32."""
-        x = F.pad(x[images], (0, 0, 0, 0, 0, self.padded[1] - self.width, 0, self.padded[0] - self.height))
-        x = self.by_region(x).to(torch.promote_types(x.dtype, torch.float32))
+        x = self.by_region(self.pad(x[images]))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x.contiguous().view(-1, self.heads, self.num_regions, self.rows * self.columns, self.head_dim)
 
     def write(self, out: Tensor, images: slice, x: Tensor) -> None:
@@ -146,6 +165,12 @@ class Layout:
         rows = x.view(-1, self.rows * self.columns * self.head_dim)
         return rows.index_select(0, chosen.flatten()).view(len(chosen), -1, self.head_dim)
 
+    def softmax(self, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Of (problems, queries, keys), which it may change; a region holds at least one pixel of the map."""
+        if self.padding is not None:
+            scores.masked_fill_(self.padding[chosen % self.num_regions].flatten(1)[:, None], -torch.inf)
+        return torch.softmax(scores, -1)
+
     def scatter_add(self, x: Tensor, chosen: Tensor, gathered: Tensor) -> None:
         """The transpose of `gather`: adds to the rows of `regions`, in a fixed order on the CPU."""
         rows = x.view(-1, self.rows * self.columns * self.head_dim)
@@ -153,12 +178,12 @@ class Layout:
 
 
 @forward.register_fake
-def _(query, key, value, region_index, rows, columns, scale):
+def _(query, key, value, region_index, rows, columns, scale, mask_padding=False):
     return query.new_empty(query.shape)
 
 
 @backward.register_fake
-def _(grad_output, query, key, value, region_index, rows, columns, scale):
+def _(grad_output, query, key, value, region_index, rows, columns, scale, mask_padding=False):
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -169,7 +194,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_output):
     grads = torch.ops.zoo.routing_attention_backward(grad_output, *ctx.saved_tensors, *ctx.arguments)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -21,15 +21,17 @@ def inputs(*shape, dtype=torch.float64):
     return dict(zip(('query', 'key', 'value'), packed(*shape, dtype=dtype), strict=True))
 
 
-def with_routes(region_index, region_size, implementation=None, scale=None):
+def with_routes(region_index, region_size, implementation=None, scale=None, mask_padding=False):
     def attend(query, key, value):
-        return routing_attention(query, key, value, region_index, region_size, scale, implementation)
+        return routing_attention(query, key, value, region_index, region_size, scale, mask_padding, implementation)
 
     return attend
 
 
-def assert_exact(tensors, region_index, region_size, scale=None, **kwargs):
-    candidate, reference = (with_routes(region_index, region_size, name, scale) for name in ('tiled', 'reference'))
+def assert_exact(tensors, region_index, region_size, scale=None, mask_padding=False, **kwargs):
+    candidate, reference = (
+        with_routes(region_index, region_size, name, scale, mask_padding) for name in ('tiled', 'reference')
+    )
     assert_equal_functions(candidate, reference, tensors, **kwargs)
 
 
@@ -73,10 +75,11 @@ def test_tiled_equals_the_definition(shape, region_size, topk, per_head, dtype):
     assert_exact(inputs(*shape, dtype=dtype), index, region_size, scale=0.3)
 
 
+@pytest.mark.parametrize('mask_padding', [False, True])
 @pytest.mark.parametrize('limit', [1, 700, 5000])
-def test_chunks_and_strips_change_nothing(limit, monkeypatch):
+def test_chunks_and_strips_change_nothing(limit, mask_padding, monkeypatch):
     monkeypatch.setattr(tiled, 'CPU_CHUNK', limit)
-    assert_exact(inputs(3, 13, 10, 2, 24), routes(3, 16, 4), (4, 3))
+    assert_exact(inputs(3, 13, 10, 2, 24), routes(3, 16, 4), (4, 3), mask_padding=mask_padding)
 
 
 def test_a_region_that_all_choose_and_one_that_none_chooses():
@@ -100,6 +103,30 @@ def test_padding_takes_part_with_logit_zero():
     q, k, v = (torch.ones(1, 1, 3, 1, 1, dtype=torch.float64) for _ in range(3))
     out = routing_attention(q, k, v, torch.tensor([[[1], [1]]]), (1, 2), scale=1.0)
     assert_close(out, torch.full_like(out, torch.e / (torch.e + 1)))  # of two keys, one is padding
+
+
+@pytest.mark.parametrize('implementation', ['tiled', 'reference'])
+def test_masked_padding_takes_no_part(implementation):
+    q, k, v = (random(1, 1, 3, 1, 1, seed=i) for i in range(3))
+    index = torch.tensor([[[0, 1], [1, 0]]])  # of regions of two pixels, of which the last is padding
+    out = with_routes(index, (1, 2), implementation, mask_padding=True)(q, k, v)
+    dense = with_routes(torch.zeros(1, 1, 1, dtype=torch.int64), (1, 3), 'reference')(q, k, v)
+    assert_close(out, dense)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(('size', 'region_size'), [((13, 10), (4, 3)), ((7, 9), 3), ((5, 3), 8), ((6, 9), 3)])
+def test_tiled_equals_the_definition_with_masked_padding(size, region_size, dtype):
+    rows, columns = (region_size, region_size) if isinstance(region_size, int) else region_size
+    regions = -(-size[0] // rows) * -(-size[1] // columns)
+    index = routes(2, regions, min(3, regions), 2)
+    assert_exact(inputs(2, *size, 2, 8, dtype=dtype), index, region_size, mask_padding=True)
+
+
+def test_where_regions_divide_the_map_nothing_is_masked():
+    tensors, index = inputs(1, 6, 9, 2, 8), routes(1, 6, 2)
+    plain, masked = (with_routes(index, 3, mask_padding=mask)(**tensors) for mask in (False, True))
+    assert torch.equal(plain, masked)
 
 
 @pytest.mark.parametrize('needs', [['query'], ['key'], ['value'], ['query', 'value']])

@@ -1,0 +1,1041 @@
+"""The Triton kernels of aggregated attention; triton.py launches them, README.md derives them.
+
+A program has a tile of TILE_Y x TILE_X pixels of one head: queries in all kernels but `key_gradient`, which has keys,
+and those that are about pooled keys. Pooled keys are met ROWS rows of COLUMNS a step, so that the column of each is the
+same in all steps of a column of steps: what a bias depends on by the columns is loaded once for these. The window is
+met a cell at a time, by products of vectors. M counts pixels of a tile, N pooled keys of a step; offsets into memory
+are of 64 bits. Vectors are read as they are and divided by their norms in registers: `inverse` is of the norm.
+"""
+
+import triton
+import triton.language as tl
+
+from ..triton_common import LOG2E, load_tokens, map_offset, online_softmax_step, plane, store_tokens, vector
+
+EPS = tl.constexpr(1e-12)  # least norm of a query or key, as in torch.nn.functional.normalize
+
+
+@triton.jit
+def place(index, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr):
+    """Of a tile: image, first row and first column."""
+    tiles_y, tiles_x = tl.cdiv(height, TILE_Y), tl.cdiv(width, TILE_X)
+    left = index % tiles_x * TILE_X
+    index = index // tiles_x
+    return (index // tiles_y).to(tl.int64), index % tiles_y * TILE_Y, left
+
+
+@triton.jit
+def pixels(top, left, height, width, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Rows and columns of a tile's pixels, and which the map has, all [M]."""
+    m = tl.arange(0, BLOCK_M)
+    y, x = top + m // TILE_X, left + m % TILE_X
+    return y, x, (m < TILE_Y * TILE_X) & (y < height) & (x < width)
+
+
+@triton.jit
+def cells(top, left, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of a step's pooled keys, and which there are, all [N]."""
+    return pixels(top, left, height, width, ROWS, COLUMNS, ROWS * COLUMNS)
+
+
+@triton.jit
+def load_vectors(
+    pointer,
+    first,
+    offsets,
+    stride,
+    exists,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`load_tokens` at `offsets` from `first`, multiples of ALIGN: of those of a head the compiler cannot know it."""
+    # The hint counts for an operation that is in this function, not for an argument.
+    return load_tokens(pointer, tl.multiple_of(first + offsets, ALIGN), stride, exists, HEAD_DIM, BLOCK_D, UPCAST)
+
+
+@triton.jit
+def load_wide(
+    pointer,
+    first,
+    offsets,
+    stride,
+    exists,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """As `load_vectors`, in float32."""
+    vectors = load_vectors(pointer, first, offsets, stride, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)
+    return vectors.to(tl.float32)
+
+
+@triton.jit
+def load_parameter(pointer, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A vector of float32 [D], zero in the padding."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(pointer + d * stride, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inverse_norm(x):
+    """Of vectors [M, D] of float32."""
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS)
+
+
+@triton.jit
+def of_unnormalised(gradient, unit, inverse):
+    """Gradient of vectors from that of their unit vectors, all [M, D] of float32."""
+    along = tl.sum(gradient * unit, 1)
+    return (gradient - unit * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def keys_of(position, length, WINDOW: tl.constexpr):
+    """How many positions of a window lie on its axis."""
+    last, first = tl.minimum(position + WINDOW // 2, length - 1), tl.maximum(position - WINDOW // 2, 0)
+    return last - first + 1
+
+
+@triton.jit
+def log_length(y, x, height, width, pooled, WINDOW: tl.constexpr):
+    """Logarithm of the number of keys of the queries at (y, x); finite outside of the map."""
+    count = keys_of(y, height, WINDOW) * keys_of(x, width, WINDOW) + pooled
+    return tl.log(tl.maximum(count, 1).to(tl.float32))
+
+
+@triton.jit
+def places_of(places, position, cell, length, cells):
+    """Parts that an axis has in the places of biases in their table, for positions and pooled cells of the axis.
+
+    Those outside of the axis have the part of its last: what is read for them is not used.
+    """
+    return tl.load(places + tl.minimum(position, length - 1) * cells + tl.minimum(cell, cells - 1))
+
+
+@triton.jit
+def rows_of(places, y, first_i, i, height, pooled_height, ROWS: tl.constexpr):
+    """As `places_of`, of rows: one load a query where a step has one row of pooled keys, which is row first_i."""
+    if ROWS == 1:
+        return places_of(places, y, first_i, height, pooled_height)
+    else:
+        return places_of(places, y, i, height, pooled_height)
+
+
+@triton.jit
+def neighbors(y, x, exists, offset_y, offset_x, height, width):
+    """Pixels at an offset, and which of them lie on the map."""
+    y, x = y + offset_y, x + offset_x
+    return y, x, exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit(do_not_specialize=['pooled_height', 'pooled_width'])
+def measure(
+    pooled_key,
+    query_embedding,
+    inverse,
+    along,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    heads,
+    pooled_height,
+    pooled_width,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Inverse norms of pooled keys, and their unit vectors times the query embedding, both (batch, heads, pooled)."""
+    pooled = pooled_height * pooled_width
+    blocks = tl.cdiv(pooled, BLOCK_P)
+    index = tl.program_id(0)
+    p = index % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    head = index // blocks % heads
+    image = (index // (blocks * heads)).to(tl.int64)
+    exists = p < pooled
+    first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+    offsets = p.to(tl.int64) * pooled_key_p
+    k = load_wide(
+        pooled_key, first_pooled_key, offsets, pooled_key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+    )  # [P, D]
+    embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
+    inverses = inverse_norm(k)
+    own = plane(image, head, heads, pooled, 1) + p
+    tl.store(inverse + own, inverses, mask=exists)
+    tl.store(along + own, tl.sum(k * embedding[None, :], 1) * inverses, mask=exists)
+
+
+@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x'])
+def forward(
+    query,
+    key,
+    value,
+    pooled_key,
+    pooled_value,
+    query_embedding,
+    temperature,
+    local_bias,
+    pooled_bias,
+    row_places,
+    column_places,
+    learnable_tokens,
+    learnable_bias,
+    inverse,
+    along,
+    output,
+    log_sum,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    key_b,
+    key_y,
+    key_x,
+    key_h,
+    key_d,
+    value_b,
+    value_y,
+    value_x,
+    value_h,
+    value_d,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    pooled_value_b,
+    pooled_value_p,
+    pooled_value_h,
+    pooled_value_d,
+    height,
+    width,
+    heads,
+    pooled_height,
+    pooled_width,
+    table_y,
+    table_x,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, height, width)."""
+    index = tl.program_id(0)
+    head = index % heads
+    image, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
+    first_query = image * query_b + head.to(tl.int64) * query_h
+    first_key = image * key_b + head.to(tl.int64) * key_h
+    first_value = image * value_b + head.to(tl.int64) * value_h
+    first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+    first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+    pooled = pooled_height * pooled_width
+    inverse += plane(image, head, heads, pooled, 1)
+    along += plane(image, head, heads, pooled, 1)
+    local_bias += head * WINDOW * WINDOW
+    learnable_bias += head * WINDOW * WINDOW
+    learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
+    pooled_bias += head.to(tl.int64) * table_y * table_x
+    embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
+
+    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+    q = load_vectors(
+        query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+    )  # [M, D]
+    unit = q.to(tl.float32)
+    inverse_q = inverse_norm(unit)
+    unit = unit * inverse_q[:, None]
+    scale = tl.load(temperature + head).to(tl.float32) * LOG2E
+    scale = scale * log_length(y, x, height, width, pooled, WINDOW)  # [M]
+
+    maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first_j in range(0, pooled_width, COLUMNS):
+        j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
+        columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
+        for first_i in range(0, pooled_height, ROWS):
+            i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+            p = i * pooled_width + j
+            n_offsets = p.to(tl.int64) * pooled_key_p
+            k = load_vectors(
+                pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+            )  # [N, D]
+            n_offsets = p.to(tl.int64) * pooled_value_p
+            v = load_vectors(
+                pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+            )  # [N, D]
+            inverse_k = tl.load(inverse + p, mask=some, other=0.0)
+            along_k = tl.load(along + p, mask=some, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_q[:, None]  # [M, N]
+            scores = (scores * inverse_k[None, :] + along_k[None, :]) * scale[:, None]
+            rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
+            scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
+            scores = tl.where(some[None, :], scores, float('-inf'))
+            maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION)
+
+    embedded = (unit + embedding[None, :]) * scale[:, None]
+    former = maximum
+    near = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    learnt = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for row in range(WINDOW):
+        for column in tl.static_range(WINDOW):
+            cell = row * WINDOW + column
+            near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
+            offsets = map_offset(near_y, near_x, key_y, key_x)
+            k = load_wide(key, first_key, offsets, key_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            offsets = map_offset(near_y, near_x, value_y, value_x)
+            v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            scores = tl.sum(embedded * k, 1) * inverse_norm(k) + tl.load(local_bias + cell).to(tl.float32) * LOG2E
+            scores = tl.where(seen, scores, float('-inf'))  # [M]
+            maximum_now = tl.maximum(maximum, scores)
+            weights, correction = tl.exp2(scores - maximum_now), tl.exp2(maximum - maximum_now)
+            maximum, total = maximum_now, total * correction + weights
+            near = near * correction[:, None] + weights[:, None] * v
+            token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
+            weights = tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32)
+            learnt += weights[:, None] * v
+
+    own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
+    correction = tl.exp2(former - maximum)
+    near = near + accumulator * correction[:, None]
+    store_tokens(output, own, exists, near / total[:, None] + learnt, HEAD_DIM, BLOCK_D)
+    own = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
+    tl.store(log_sum + own, maximum + tl.log2(total), mask=exists)
+
+
+@triton.jit(do_not_specialize=['height', 'width', 'tiles', 'parts'])
+def learnable_gradient(
+    query,
+    value,
+    learnable_tokens,
+    learnable_bias,
+    output,
+    grad,
+    delta,
+    d_learnable,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    value_b,
+    value_y,
+    value_x,
+    value_h,
+    value_d,
+    grad_b,
+    grad_y,
+    grad_x,
+    grad_h,
+    grad_d,
+    height,
+    width,
+    heads,
+    tiles,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Delta, (batch, heads, height, width), and sums of the gradients of the learnable tokens and their bias.
+
+    Delta is the product of the gradient with what the softmax gave: the output without its learnable part. A program
+    has every `parts`-th tile, and leaves its own sums over these in d_learnable (heads, parts, cells, BLOCK_D + 1), the
+    last of each cell that of the bias; none where it is None.
+    """
+    index = tl.program_id(0)
+    part = index % parts
+    head = index // parts
+    learnable_bias += head * WINDOW * WINDOW
+    learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
+    c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
+    d_tokens = tl.zeros([CELLS, BLOCK_D], tl.float32)
+    d_bias = tl.zeros([CELLS], tl.float32)
+    for tile in range(part, tiles, parts):
+        image, top, left = place(tile, height, width, TILE_Y, TILE_X)
+        first_query = image * query_b + head.to(tl.int64) * query_h
+        first_value = image * value_b + head.to(tl.int64) * value_h
+        first_grad = image * grad_b + head.to(tl.int64) * grad_h
+        y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+        offsets = map_offset(y, x, query_y, query_x)
+        unit = load_wide(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        unit = unit * inverse_norm(unit)[:, None]
+        offsets = map_offset(y, x, grad_y, grad_x)
+        do = load_wide(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        position = y.to(tl.int64) * width + x
+        own = vector(image, head, position, heads, height, width, HEAD_DIM)
+        o = load_tokens(output, own, 1, exists, HEAD_DIM, BLOCK_D, UPCAST).to(tl.float32)  # [M, D]
+        deltas = tl.sum(do * o, 1)
+        for row in range(WINDOW):
+            for column in tl.static_range(WINDOW):
+                cell = row * WINDOW + column
+                near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
+                offsets = map_offset(near_y, near_x, value_y, value_x)
+                v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
+                dp = tl.sum(do * v, 1)  # [M]
+                deltas -= dp * (tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32))
+                if d_learnable is not None:
+                    d_token = tl.sum(unit * dp[:, None], 0)
+                    d_tokens += tl.where((c == cell)[:, None], d_token[None, :], 0.0)
+                    d_bias += tl.where(c == cell, tl.sum(dp, 0), 0.0)
+        tl.store(delta + plane(image, head, heads, height, width) + position, deltas, mask=exists)
+    if d_learnable is not None:
+        d_learnable += index.to(tl.int64) * (WINDOW * WINDOW * (BLOCK_D + 1))
+        places = d_learnable + c * (BLOCK_D + 1)
+        tl.store(places[:, None] + d[None, :], d_tokens, mask=(c < WINDOW * WINDOW)[:, None])
+        tl.store(places + BLOCK_D, d_bias, mask=c < WINDOW * WINDOW)
+
+
+@triton.jit(
+    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'tiles', 'parts']
+)
+def query_gradient(
+    query,
+    key,
+    value,
+    pooled_key,
+    pooled_value,
+    query_embedding,
+    temperature,
+    local_bias,
+    pooled_bias,
+    row_places,
+    column_places,
+    learnable_tokens,
+    inverse,
+    along,
+    grad,
+    log_sum,
+    delta,
+    d_query,
+    d_parameters,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    key_b,
+    key_y,
+    key_x,
+    key_h,
+    key_d,
+    value_b,
+    value_y,
+    value_x,
+    value_h,
+    value_d,
+    grad_b,
+    grad_y,
+    grad_x,
+    grad_h,
+    grad_d,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    pooled_value_b,
+    pooled_value_p,
+    pooled_value_h,
+    pooled_value_d,
+    height,
+    width,
+    heads,
+    pooled_height,
+    pooled_width,
+    table_y,
+    table_x,
+    tiles,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradient of the queries, and sums of those of the query embedding, local_bias and temperature.
+
+    A program has every `parts`-th tile, and leaves its own sums over these in d_parameters (heads, parts,
+    BLOCK_D + CELLS + 1), in this order; none where it is None.
+    """
+    index = tl.program_id(0)
+    part = index % parts
+    head = index // parts
+    pooled = pooled_height * pooled_width
+    local_bias += head * WINDOW * WINDOW
+    learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
+    pooled_bias += head.to(tl.int64) * table_y * table_x
+    embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
+    heat = tl.load(temperature + head).to(tl.float32)
+    c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
+    d_embedding = tl.zeros([BLOCK_D], tl.float32)
+    d_local_bias = tl.zeros([CELLS], tl.float32)
+    d_temperature = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(part, tiles, parts):
+        image, top, left = place(tile, height, width, TILE_Y, TILE_X)
+        first_query = image * query_b + head.to(tl.int64) * query_h
+        first_grad = image * grad_b + head.to(tl.int64) * grad_h
+        first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+        first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+        first_p = plane(image, head, heads, pooled, 1)
+        y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+        offsets = map_offset(y, x, query_y, query_x)
+        q = load_vectors(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        inverse_q = inverse_norm(q.to(tl.float32))
+        offsets = map_offset(y, x, grad_y, grad_x)
+        do = load_vectors(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        position = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
+        sums = tl.load(log_sum + position, mask=exists, other=0.0)
+        deltas = tl.load(delta + position, mask=exists, other=0.0)
+        length = log_length(y, x, height, width, pooled, WINDOW)  # [M]
+        scale = heat * length
+
+        dz = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the vectors whose products with unit keys are scaled
+        for first_j in range(0, pooled_width, COLUMNS):
+            j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
+            columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
+            for first_i in range(0, pooled_height, ROWS):
+                i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+                p = i * pooled_width + j
+                n_offsets = p.to(tl.int64) * pooled_key_p
+                k = load_vectors(
+                    pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                )  # [N, D]
+                n_offsets = p.to(tl.int64) * pooled_value_p
+                v = load_vectors(
+                    pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                )  # [N, D]
+                inverse_k = tl.load(inverse + first_p + p, mask=some, other=0.0)
+                along_k = tl.load(along + first_p + p, mask=some, other=0.0)
+                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_q[:, None]  # [M, N]
+                scores = (scores * inverse_k[None, :] + along_k[None, :]) * (scale * LOG2E)[:, None]
+                rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
+                scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
+                seen = exists[:, None] & some[None, :]
+                probabilities = tl.exp2(tl.where(seen, scores - sums[:, None], float('-inf')))
+                ds = probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
+                unit_k = (k.to(tl.float32) * inverse_k[:, None]).to(k.dtype)
+                dz = tl.dot(ds.to(k.dtype), unit_k, dz, input_precision=PRECISION)
+
+        first_key = image * key_b + head.to(tl.int64) * key_h
+        first_value = image * value_b + head.to(tl.int64) * value_h
+        unit = q.to(tl.float32) * inverse_q[:, None]
+        embedded = unit + embedding[None, :]
+        wide_do = do.to(tl.float32)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the unit vectors
+        near = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for row in range(WINDOW):
+            for column in tl.static_range(WINDOW):
+                cell = row * WINDOW + column
+                near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
+                offsets = map_offset(near_y, near_x, key_y, key_x)
+                k = load_wide(key, first_key, offsets, key_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+                offsets = map_offset(near_y, near_x, value_y, value_x)
+                v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+                inverse_k = inverse_norm(k)
+                scores = tl.sum(embedded * k, 1) * inverse_k * scale + tl.load(local_bias + cell).to(tl.float32)  # [M]
+                probabilities = tl.exp2(tl.where(seen, scores * LOG2E - sums, float('-inf')))
+                dp = tl.sum(wide_do * v, 1)
+                ds = probabilities * (dp - deltas)
+                near += (ds * inverse_k)[:, None] * k
+                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
+                dq += dp[:, None] * token[None, :]
+                if d_parameters is not None:
+                    d_local_bias += tl.where(c == cell, tl.sum(ds, 0), 0.0)
+
+        dz += near
+        if d_parameters is not None:
+            d_temperature += length * tl.sum(embedded * dz, 1)
+        dz = dz * scale[:, None]
+        if d_parameters is not None:
+            d_embedding += tl.sum(dz, 0)
+        own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
+        store_tokens(d_query, own, exists, of_unnormalised(dq + dz, unit, inverse_q), HEAD_DIM, BLOCK_D)
+
+    if d_parameters is not None:
+        d_parameters += index.to(tl.int64) * (BLOCK_D + CELLS + 1)
+        tl.store(d_parameters + d, d_embedding)
+        tl.store(d_parameters + BLOCK_D + c, d_local_bias)
+        tl.store(d_parameters + BLOCK_D + CELLS, tl.sum(d_temperature, 0))
+
+
+@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width'])
+def key_gradient(
+    query,
+    key,
+    value,
+    query_embedding,
+    temperature,
+    local_bias,
+    learnable_tokens,
+    learnable_bias,
+    grad,
+    log_sum,
+    delta,
+    d_key,
+    d_value,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    key_b,
+    key_y,
+    key_x,
+    key_h,
+    key_d,
+    value_b,
+    value_y,
+    value_x,
+    value_h,
+    value_d,
+    grad_b,
+    grad_y,
+    grad_x,
+    grad_h,
+    grad_d,
+    height,
+    width,
+    heads,
+    pooled_height,
+    pooled_width,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Gradients of the keys and values of the map; one that is None is left out."""
+    index = tl.program_id(0)
+    head = index % heads
+    image, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
+    first_query = image * query_b + head.to(tl.int64) * query_h
+    first_key = image * key_b + head.to(tl.int64) * key_h
+    first_value = image * value_b + head.to(tl.int64) * value_h
+    first_grad = image * grad_b + head.to(tl.int64) * grad_h
+    log_sum += plane(image, head, heads, height, width)
+    if delta is not None:
+        delta += plane(image, head, heads, height, width)
+    local_bias += head * WINDOW * WINDOW
+    learnable_bias += head * WINDOW * WINDOW
+    learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
+    embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
+    heat = tl.load(temperature + head).to(tl.float32)
+
+    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M], of keys
+    k = load_vectors(
+        key, first_key, map_offset(y, x, key_y, key_x), key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+    )  # [M, D]
+    unit_k = k.to(tl.float32)
+    inverse_k = inverse_norm(unit_k)
+    unit_k = unit_k * inverse_k[:, None]
+    if d_key is not None:
+        v = load_vectors(
+            value, first_value, map_offset(y, x, value_y, value_x), value_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        v = v.to(tl.float32)
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for row in range(WINDOW):
+        for column in tl.static_range(WINDOW):
+            cell = row * WINDOW + column  # where the key lies in the query's window
+            near_y, near_x, seen = neighbors(y, x, exists, WINDOW // 2 - row, WINDOW // 2 - column, height, width)
+            offsets = map_offset(near_y, near_x, query_y, query_x)
+            q = load_wide(query, first_query, offsets, query_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            offsets = map_offset(near_y, near_x, grad_y, grad_x)
+            do = load_wide(grad, first_grad, offsets, grad_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            position = near_y.to(tl.int64) * width + near_x
+            sums = tl.load(log_sum + position, mask=seen, other=0.0)
+            unit = q * inverse_norm(q)[:, None]
+            scale = heat * log_length(near_y, near_x, height, width, pooled_height * pooled_width, WINDOW)  # [M]
+            embedded = (unit + embedding[None, :]) * scale[:, None]
+            scores = tl.sum(embedded * unit_k, 1) + tl.load(local_bias + cell).to(tl.float32)
+            probabilities = tl.exp2(tl.where(seen, scores * LOG2E - sums, float('-inf')))  # [M]
+            if d_value is not None:
+                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
+                weights = tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32)
+                dv += (probabilities + weights)[:, None] * do
+            if d_key is not None:
+                deltas = tl.load(delta + position, mask=seen, other=0.0)
+                dk += (probabilities * (tl.sum(v * do, 1) - deltas))[:, None] * embedded
+    own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
+    if d_key is not None:
+        store_tokens(d_key, own, exists, of_unnormalised(dk, unit_k, inverse_k), HEAD_DIM, BLOCK_D)
+    if d_value is not None:
+        store_tokens(d_value, own, exists, dv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'parts'])
+def pooled_gradient(
+    query,
+    pooled_key,
+    pooled_value,
+    query_embedding,
+    temperature,
+    pooled_bias,
+    row_places,
+    column_places,
+    inverse,
+    along,
+    grad,
+    log_sum,
+    delta,
+    d_keys,
+    d_values,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    grad_b,
+    grad_y,
+    grad_x,
+    grad_h,
+    grad_d,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    pooled_value_b,
+    pooled_value_p,
+    pooled_value_h,
+    pooled_value_d,
+    height,
+    width,
+    heads,
+    pooled_height,
+    pooled_width,
+    table_y,
+    table_x,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of pooled values and of the unit vectors of pooled keys; one that is None is left out.
+
+    A program has the pooled keys of one step, and every `parts`-th tile of queries: (batch, parts, pooled, heads,
+    head_dim) of float32.
+    """
+    steps_y, steps_x = tl.cdiv(pooled_height, ROWS), tl.cdiv(pooled_width, COLUMNS)
+    tiles = tl.cdiv(height, TILE_Y) * tl.cdiv(width, TILE_X)
+    pooled = pooled_height * pooled_width
+    index = tl.program_id(0)
+    part = index % parts
+    index = index // parts
+    first_j = index % steps_x * COLUMNS
+    index = index // steps_x
+    first_i = index % steps_y * ROWS
+    index = index // steps_y
+    head = index % heads
+    image = (index // heads).to(tl.int64)
+    first_query = image * query_b + head.to(tl.int64) * query_h
+    first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+    first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+    first_grad = image * grad_b + head.to(tl.int64) * grad_h
+    inverse += plane(image, head, heads, pooled, 1)
+    along += plane(image, head, heads, pooled, 1)
+    log_sum += plane(image, head, heads, height, width)
+    if delta is not None:
+        delta += plane(image, head, heads, height, width)
+    pooled_bias += head.to(tl.int64) * table_y * table_x
+    embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
+    heat = tl.load(temperature + head).to(tl.float32)
+
+    i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+    p = i * pooled_width + j
+    k = load_vectors(
+        pooled_key,
+        first_pooled_key,
+        p.to(tl.int64) * pooled_key_p,
+        pooled_key_d,
+        some,
+        HEAD_DIM,
+        BLOCK_D,
+        ALIGN,
+        UPCAST,
+    )  # [N, D]
+    if d_keys is not None:
+        offsets = p.to(tl.int64) * pooled_value_p
+        v = load_vectors(
+            pooled_value, first_pooled_value, offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [N, D]
+    inverse_k = tl.load(inverse + p, mask=some, other=0.0)
+    along_k = tl.load(along + p, mask=some, other=0.0)
+    dk = tl.zeros([ROWS * COLUMNS, BLOCK_D], tl.float32)
+    dv = tl.zeros([ROWS * COLUMNS, BLOCK_D], tl.float32)
+    for tile in range(part, tiles, parts):
+        _, top, left = place(tile, height, width, TILE_Y, TILE_X)
+        y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+        q = load_vectors(
+            query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        unit = q.to(tl.float32)
+        inverse_q = inverse_norm(unit)
+        do = load_vectors(
+            grad, first_grad, map_offset(y, x, grad_y, grad_x), grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        position = y.to(tl.int64) * width + x
+        sums = tl.load(log_sum + position, mask=exists, other=0.0)
+        scale = heat * log_length(y, x, height, width, pooled, WINDOW)  # [M]
+        seen = some[:, None] & exists[None, :]  # [N, M]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * inverse_q[None, :]
+        scores = (scores * inverse_k[:, None] + along_k[:, None]) * (scale * LOG2E)[None, :]
+        columns = places_of(column_places, x[None, :], j[:, None], width, pooled_width)
+        rows = rows_of(row_places, y[None, :], first_i, i[:, None], height, pooled_height, ROWS)
+        scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
+        probabilities = tl.exp2(tl.where(seen, scores - sums[None, :], float('-inf')))
+        if d_values is not None:
+            dv = tl.dot(probabilities.to(do.dtype), do, dv, input_precision=PRECISION)
+        if d_keys is not None:
+            deltas = tl.load(delta + position, mask=exists, other=0.0)
+            ds = probabilities * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - deltas[None, :])
+            embedded = (unit * inverse_q[:, None] + embedding[None, :]) * scale[:, None]
+            dk = tl.dot(ds.to(q.dtype), embedded.to(q.dtype), dk, input_precision=PRECISION)
+    own = vector(image * parts + part, head, p, heads, pooled, 1, HEAD_DIM)
+    if d_keys is not None:
+        store_tokens(d_keys, own, some, dk, HEAD_DIM, BLOCK_D)
+    if d_values is not None:
+        store_tokens(d_values, own, some, dv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=['pooled_height', 'pooled_width', 'parts'])
+def pooled_gradient_sum(
+    pooled_key,
+    inverse,
+    d_keys,
+    d_values,
+    d_pooled_key,
+    d_pooled_value,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    heads,
+    pooled_height,
+    pooled_width,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Sum what `pooled_gradient` left over the parts, and differentiate the division of keys by their norms."""
+    pooled = pooled_height * pooled_width
+    blocks = tl.cdiv(pooled, BLOCK_P)
+    index = tl.program_id(0)
+    p = index % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    head = index // blocks % heads
+    image = (index // (blocks * heads)).to(tl.int64)
+    exists = p < pooled
+    own = vector(image, head, p, heads, pooled, 1, HEAD_DIM)
+    if d_keys is not None:
+        dk = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        for part in range(parts):
+            offsets = vector(image * parts + part, head, p, heads, pooled, 1, HEAD_DIM)
+            dk += load_tokens(d_keys, offsets, 1, exists, HEAD_DIM, BLOCK_D, False)
+        first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+        offsets = p.to(tl.int64) * pooled_key_p
+        k = load_wide(
+            pooled_key, first_pooled_key, offsets, pooled_key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [P, D]
+        inverses = tl.load(inverse + plane(image, head, heads, pooled, 1) + p, mask=exists, other=0.0)
+        dk = of_unnormalised(dk, k * inverses[:, None], inverses)
+        store_tokens(d_pooled_key, own, exists, dk, HEAD_DIM, BLOCK_D)
+    if d_values is not None:
+        dv = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+        for part in range(parts):
+            offsets = vector(image * parts + part, head, p, heads, pooled, 1, HEAD_DIM)
+            dv += load_tokens(d_values, offsets, 1, exists, HEAD_DIM, BLOCK_D, False)
+        store_tokens(d_pooled_value, own, exists, dv, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(
+    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'batch', 'parts']
+)
+def bias_gradient(
+    query,
+    pooled_key,
+    pooled_value,
+    temperature,
+    pooled_bias,
+    column_places,
+    row_pairs,
+    row_starts,
+    inverse,
+    along,
+    grad,
+    log_sum,
+    delta,
+    d_scores,
+    query_b,
+    query_y,
+    query_x,
+    query_h,
+    query_d,
+    grad_b,
+    grad_y,
+    grad_x,
+    grad_h,
+    grad_d,
+    pooled_key_b,
+    pooled_key_p,
+    pooled_key_h,
+    pooled_key_d,
+    pooled_value_b,
+    pooled_value_p,
+    pooled_value_h,
+    pooled_value_d,
+    height,
+    width,
+    heads,
+    pooled_height,
+    pooled_width,
+    table_y,
+    table_x,
+    batch,
+    parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of scores, summed over images and over rows that share a row of the table.
+
+    A program has a row of a head's table, BLOCK_M columns of queries, COLUMNS of pooled keys, and every `parts`-th
+    image: (heads, parts, rows of the table, width, pooled_width). Its biases are the same in all it does. Flat pairs
+    (row of queries, row of pooled keys) of row r are row_pairs[row_starts[r]:row_starts[r + 1]].
+    """
+    steps_x, tiles_x = tl.cdiv(pooled_width, COLUMNS), tl.cdiv(width, BLOCK_M)
+    pooled = pooled_height * pooled_width
+    index = tl.program_id(0)
+    first_j = index % steps_x * COLUMNS
+    index = index // steps_x
+    left = index % tiles_x * BLOCK_M
+    index = index // tiles_x
+    row = index % table_y
+    index = index // table_y
+    part = index % parts
+    head = index // parts
+    x, j = left + tl.arange(0, BLOCK_M), first_j + tl.arange(0, COLUMNS)  # [M], [N]
+    exists, some = x < width, j < pooled_width
+    seen = exists[:, None] & some[None, :]  # [M, N]
+    heat = tl.load(temperature + head).to(tl.float32)
+    pooled_bias += (head.to(tl.int64) * table_y + row) * table_x
+    columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)
+    bias = tl.load(pooled_bias + columns).to(tl.float32) * LOG2E  # [M, N]
+    first, last = tl.load(row_starts + row).to(tl.int32), tl.load(row_starts + row + 1).to(tl.int32)
+    total = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for pair in range(first, last):
+        both = tl.load(row_pairs + pair).to(tl.int32)
+        y, i = both // pooled_height, both % pooled_height
+        scale = heat * log_length(y, x, height, width, pooled, WINDOW)  # [M]
+        p = i * pooled_width + j
+        for n in range(part, batch, parts):
+            image = tl.cast(n, tl.int64)
+            first_query = image * query_b + head.to(tl.int64) * query_h
+            offsets = map_offset(y, x, query_y, query_x)
+            q = load_vectors(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            first_grad = image * grad_b + head.to(tl.int64) * grad_h
+            offsets = map_offset(y, x, grad_y, grad_x)
+            do = load_vectors(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+            first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+            n_offsets = p.to(tl.int64) * pooled_key_p
+            k = load_vectors(
+                pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+            )  # [N, D]
+            first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+            n_offsets = p.to(tl.int64) * pooled_value_p
+            v = load_vectors(
+                pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+            )  # [N, D]
+            own = plane(image, head, heads, pooled, 1) + p
+            inverse_k = tl.load(inverse + own, mask=some, other=0.0)
+            along_k = tl.load(along + own, mask=some, other=0.0)
+            own = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
+            sums = tl.load(log_sum + own, mask=exists, other=0.0)
+            deltas = tl.load(delta + own, mask=exists, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(q.to(tl.float32))[:, None]
+            scores = (scores * inverse_k[None, :] + along_k[None, :]) * (scale * LOG2E)[:, None] + bias
+            probabilities = tl.exp2(tl.where(seen, scores - sums[:, None], float('-inf')))
+            total += probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
+    d_scores += ((head * parts + part).to(tl.int64) * table_y + row) * width * pooled_width
+    tl.store(d_scores + x[:, None] * pooled_width + j[None, :], total, mask=seen)
+
+
+@triton.jit(do_not_specialize=['width', 'pooled_width', 'table_y', 'table_x', 'parts'])
+def bias_gradient_sum(
+    d_scores,
+    d_bias,
+    column_pairs,
+    column_starts,
+    width,
+    pooled_width,
+    table_y,
+    table_x,
+    parts,
+    BLOCK_T: tl.constexpr,
+):
+    """Sum what `bias_gradient` left over parts and columns that share a column of the table.
+
+    A program has BLOCK_T columns of a row of a head's table.
+    """
+    blocks = tl.cdiv(table_x, BLOCK_T)
+    index = tl.program_id(0)
+    column = index % blocks * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
+    index = index // blocks
+    row, head = index % table_y, index // table_y
+    exists = column < table_x
+    first = tl.load(column_starts + column, mask=exists, other=0)
+    last = tl.load(column_starts + column + 1, mask=exists, other=0)
+    longest = tl.max(last - first, 0).to(tl.int32)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for part in range(parts):
+        scores = d_scores + ((head * parts + part).to(tl.int64) * table_y + row) * width * pooled_width
+        for n in range(longest):
+            seen = first + n < last
+            pair = tl.load(column_pairs + first + n, mask=seen, other=0)
+            total += tl.load(scores + pair, mask=seen, other=0.0)
+    tl.store(d_bias + (head.to(tl.int64) * table_y + row) * table_x + column, total, mask=exists)

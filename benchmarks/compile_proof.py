@@ -5,7 +5,7 @@
 
 It shows that ptxas takes the kernels, that they fit into shared memory, spill no registers outside of SPILLS, and use
 tensor cores wherever the arithmetic allows. It shows nothing of speed, nor that results are right. Without --json a
-run of everything goes to results/compile_proof.json.
+run of all of an operator goes to results/compile_proof_OPERATOR.json.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from zoo.kernels.launch import INTERPRETED, Launch
 from zoo.kernels.targets import SHARED_KIB, Compiled, compile_for
 from zoo.kernels.tune import OPERATORS
 
-RESULTS = Path(__file__).parent / 'results' / 'compile_proof.json'
+RESULTS = Path(__file__).parent / 'results'
 # Patterns of 'operator problem kernel' -> bytes of stack that they may take.
 SPILLS = {
     '*': 16,  # a register or four, which ptxas gives up where one more program fits for it
@@ -133,7 +133,7 @@ def report(results: dict[Task, Compiled | str]) -> dict:
         'machine': machine(),
         'figures': ['registers', 'stack', 'shared', 'instructions'],
         'compiled': len(results),
-        'allowed stack': SPILLS,
+        'allowed stack': {pattern: n for pattern, n in SPILLS.items() if pattern.split()[0] in ('*', *operators)},
         'failures': {title: reasons for title, reasons in wrong.items() if reasons},
         'operators': operators,
     }
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--targets', default=','.join(map(str, SHARED_KIB)), help='compute capabilities: 80,90')
     parser.add_argument('--only', default='*', help="pattern of problems, such as 'bfloat16*head_dim 32'")
     parser.add_argument('--jobs', type=int, default=1)
-    parser.add_argument('--json', type=Path, help='file for the report')
+    parser.add_argument('--json', type=Path, help='file for the report of one operator')
     args = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error('kernels are not compiled under TRITON_INTERPRET')
@@ -173,18 +173,24 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(targets) - set(SHARED_KIB):
         parser.error(f'unknown targets {sorted(unknown)}, expected some of {", ".join(map(str, SHARED_KIB))}')
     operators = list(OPERATORS) if args.operator == 'all' else [args.operator]
-    whole = operators == list(OPERATORS) and targets == list(SHARED_KIB) and args.only == '*'
-    with Progress() as progress:
-        results = prove(tasks(operators, targets, args.only), args.jobs, progress)
-    content, console = report(results), Console()
-    console.print(table(results))
-    if file := args.json or (RESULTS if whole else None):
-        text = json.dumps(content, indent=1)
-        file.write_text(re.sub(r'\[[^][{}]*\]', lambda found: ' '.join(found[0].split()), text) + '\n')  # a list a line
-        console.print('written to', str(file))
-    for title, reasons in content['failures'].items():
-        console.print(f'[bold red]{title}:[/] {"; ".join(reasons)}', soft_wrap=True)
-    if content['failures']:
+    if args.json and len(operators) > 1:
+        parser.error('--json is for the report of one operator')
+    console, failed = Console(), False
+    for operator in operators:
+        with Progress() as progress:
+            results = prove(tasks([operator], targets, args.only), args.jobs, progress)
+        content = report(results)
+        console.print(table(results))
+        whole = targets == list(SHARED_KIB) and args.only == '*'
+        if file := args.json or (RESULTS / f'compile_proof_{operator}.json' if whole else None):
+            text = json.dumps(content, indent=1)
+            text = re.sub(r'\[[^][{}]*\]', lambda found: ' '.join(found[0].split()), text)  # a list a line
+            file.write_text(text + '\n')
+            console.print('written to', str(file))
+        for title, reasons in content['failures'].items():
+            console.print(f'[bold red]{title}:[/] {"; ".join(reasons)}', soft_wrap=True)
+            failed = True
+    if failed:
         raise SystemExit(1)
 
 

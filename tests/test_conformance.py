@@ -27,6 +27,10 @@ def test_every_variant_conforms(name):
     assert report.passed, str(report)
 
 
+def test_a_model_of_two_branches_is_checked_by_each():
+    assert CHECKS['features'](Subject('crossvit_tiny_240_dynamic', {})).startswith('6 levels')
+
+
 def batch_mean(model, x):
     return x + x.mean(0, keepdim=True)
 

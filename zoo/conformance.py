@@ -14,6 +14,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .backbones import catalogue
 from .models import create_model
@@ -218,11 +219,13 @@ def features(subject: Subject) -> str:
     model = subject.create(dtype=torch.float64)
     images = subject.images(1, 64, 97)
     final, maps = model.forward_intermediates(images)
-    _require_equal('forward_features and forward_intermediates', final, model.forward_features(images))
+    # Models of several branches have a tensor of each.
+    for own, want in zip(tree_leaves(final), tree_leaves(model.forward_features(images)), strict=True):
+        _require_equal('forward_features and forward_intermediates', own, want)
     _require_equal('forward and forward_head', model.forward_head(final), model(images))
-    only = subject.create(dtype=torch.float64, features_only=True)(images)
-    for i, (x, want) in enumerate(zip(only, maps[-len(only) :], strict=True)):
-        _require_equal(f'level {i} of features_only', x, want)
+    only = subject.create(dtype=torch.float64, features_only=True)
+    for i, x in zip(only.feature_info.out_indices, only(images), strict=True):
+        _require_equal(f'level {i} of features_only', x, maps[i])
     early = model.forward_intermediates(images, indices=[0], stop_early=True, intermediates_only=True)
     _require_equal('level 0 alone', early[0], maps[0])
     return f'{len(maps)} levels, by features_only and forward_intermediates'

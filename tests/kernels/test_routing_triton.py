@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from zoo.benchmarks import compile_proof
-from zoo.kernels import configs, explain, launch, routing_attention, tune, use
-from zoo.kernels.dispatch import Problem
+from zoo.kernels import configs, routing_attention, tune, use
 from zoo.kernels.routing import triton
 
 from .harness import assert_close, assert_equal_functions, output_and_gradients, packed, random
-from .triton_harness import assert_deterministic, compiled, interpreted, moved, run_interpreted
+from .triton_harness import assert_deterministic, compiled, interpreted, moved
 
 pytest.importorskip('triton')
 
@@ -86,11 +84,6 @@ def assert_exact(
         grad_output = random(*tensors['query'].shape, seed=2).to(dtype).to(device)
     candidate, reference = (attention(case, name, region_index) for name in ('triton', 'reference'))
     assert_equal_functions(candidate, reference, tensors, grad_output, needs)
-
-
-@compiled
-def test_all_holds_under_the_interpreter():
-    run_interpreted(__file__)
 
 
 @interpreted
@@ -244,52 +237,6 @@ def test_lists_in_pieces_hold_every_route_once(popular, topk):
             assert region_of_piece[first_piece[-1] :] == [regions] * (len(region_of_piece) - first_piece[-1])
 
 
-@compiled
-def test_some_shipped_configurations_compile_without_a_gpu():
-    found = compile_proof.tasks(['routing'], [80, 90], 'bfloat16 regions 8x8 head_dim 32')
-    assert len(found) == 8
-    report = compile_proof.report(compile_proof.prove(found))
-    assert not report['failures']
-    assert 'wgmma.mma_async' in str(report['operators'])
-
-
-def verdict(device='cuda', dtype=torch.float16, head_dim=32, capability=(8, 0)):
-    return triton.judge(Problem(device, dtype, (1, 56, 56, 2, head_dim), capability=capability))
-
-
-@compiled
-def test_gpus_since_ampere_take_it_in_every_mode():
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        assert verdict(dtype=dtype, capability=(9, 0)).chosen
-    for mode in ({}, {'compiling': True}, {'exporting': True}):
-        found = explain('routing_attention', device='cuda', dtype=torch.float16, **mode)
-        assert found.implementation == 'triton' or torch.cuda.is_available()
-
-
-@compiled
-@pytest.mark.parametrize(
-    ('problem', 'reason'),
-    [
-        (dict(capability=(7, 5)), 'needs compute capability 8.0, not 7.5'),
-        (dict(device='cpu'), 'needs CUDA or ROCm, not cpu'),
-        (dict(dtype=torch.float64), 'float32 at most, not float64'),
-        (dict(head_dim=256), 'head_dim up to 128, not 256'),
-    ],
-)
-def test_what_cannot_run_says_why(problem, reason):
-    found = verdict(**problem)
-    assert not found.runs
-    assert reason in found.reason
-
-
-@compiled
-def test_without_triton_the_chunks_run(monkeypatch):
-    monkeypatch.setattr(launch, 'INSTALLED', False)
-    found = explain('routing_attention', device='cuda', dtype=torch.float16)
-    assert found.implementation == 'tiled'
-    assert found.verdicts['triton'] == (False, False, 'triton is not installed')
-
-
 def test_tensors_of_a_gpu_that_is_not_here_take_it():
     with FakeTensorMode():
         q, k, v = torch.empty(2, 9, 10, 3, 4, 32, device='cuda', dtype=torch.float16, requires_grad=True).unbind(3)
@@ -305,13 +252,6 @@ def test_the_table_has_a_row_for_every_problem(arithmetic):
         for pixels in (1, 16, 17, 64, 1000):
             blocks = configs.find(triton.CONFIGS, None, arithmetic=arithmetic, head_dim=head_dim, pixels=pixels)
             assert list(blocks) == ['forward', 'query', 'key']
-
-
-def test_a_table_is_read_as_it_is_written(tmp_path):
-    rows = configs.load(triton.CONFIGS)
-    configs.save(tmp_path / 'table.json', rows)
-    assert configs.load(tmp_path / 'table.json') == rows
-    assert (tmp_path / 'table.json').read_text() == triton.CONFIGS.read_text()
 
 
 def test_tuning_takes_the_fastest_block_of_each_kernel():

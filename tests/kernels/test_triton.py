@@ -1,0 +1,105 @@
+"""What holds for the Triton form of every operator: where it runs, its table of configurations, its proof."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.benchmarks import compile_proof
+from zoo.kernels import configs, explain, launch, neighborhood_attention, tune
+from zoo.kernels.dispatch import Problem
+
+from .harness import packed
+from .triton_harness import compiled, run_interpreted
+
+pytest.importorskip('triton')
+OPERATORS = sorted(tune.OPERATORS)
+HALVES_AND_FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@compiled
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_all_holds_under_the_interpreter(operator):
+    run_interpreted(str(Path(__file__).with_name(f'test_{operator}_triton.py')))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ('operator', 'problem', 'count'),
+    [
+        ('neighborhood', 'bfloat16 57x57 kernel 7x7 head_dim 32', 10),
+        ('routing', 'bfloat16 regions 8x8 head_dim 32', 8),
+        ('aggregated', 'bfloat16 56x56 pooled 7x7 window 3x3 head_dim 24', 18),
+    ],
+)
+def test_some_shipped_configurations_compile_without_a_gpu(operator, problem, count):
+    found = compile_proof.tasks([operator], [80, 90], problem)
+    assert len(found) == count
+    report = compile_proof.report(compile_proof.prove(found))
+    assert not report['failures']
+    assert 'wgmma.mma_async' in str(report['operators'])
+
+
+def test_a_configuration_that_is_too_much_for_a_gpu_fails_the_proof():
+    task = compile_proof.Task('neighborhood', 'bfloat16', 'forward', 0, 86)
+    result = compile_proof.Compiled(registers=255, stack=8000, shared=100 << 10, instructions=())
+    assert [reason.split()[-1] for reason in compile_proof.failures(task, result)] == ['stack', 'KiB', 'instruction']
+    assert compile_proof.failures(task, 'ptxas: no') == ['ptxas: no']
+    fits = compile_proof.Compiled(registers=128, stack=0, shared=99 << 10, instructions=('mma.sync',))
+    assert not compile_proof.failures(task, fits)
+    assert compile_proof.table({task: result}).row_count == 1
+
+
+def verdict(operator, device='cuda', dtype=torch.float16, head_dim=32, capability=(8, 0)):
+    return tune.OPERATORS[operator].judge(Problem(device, dtype, (1, 56, 56, 2, head_dim), capability=capability))
+
+
+@compiled
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_gpus_since_ampere_take_it_in_every_mode(operator):
+    assert all(verdict(operator, dtype=dtype, capability=(9, 0)).chosen for dtype in HALVES_AND_FLOAT32)
+    assert 'compute capability 8.0 is assumed' in verdict(operator, capability=None).reason
+    for mode in ({}, {'compiling': True}, {'exporting': True}, {'compiling': True, 'trains': True}):
+        found = explain(f'{operator}_attention', device='cuda', dtype=torch.float16, **mode)
+        assert found.implementation == 'triton' or torch.cuda.is_available()
+
+
+@compiled
+@pytest.mark.parametrize('operator', OPERATORS)
+@pytest.mark.parametrize(
+    ('problem', 'reason'),
+    [
+        (dict(capability=(7, 5)), 'needs compute capability 8.0, not 7.5'),
+        (dict(device='cpu'), 'needs CUDA or ROCm, not cpu'),
+        (dict(dtype=torch.float64), 'float32 at most, not float64'),
+        (dict(head_dim=256), 'head_dim up to 128, not 256'),
+    ],
+)
+def test_what_cannot_run_says_why(operator, problem, reason):
+    found = verdict(operator, **problem)
+    assert not found.runs
+    assert reason in found.reason
+
+
+@compiled
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_without_triton_plain_pytorch_runs(operator, monkeypatch):
+    monkeypatch.setattr(launch, 'INSTALLED', False)
+    found = explain(f'{operator}_attention', device='cuda', dtype=torch.float16)
+    assert found.implementation == 'tiled'
+    assert found.verdicts['triton'] == (False, False, 'triton is not installed')
+
+
+@compiled
+def test_forced_where_it_cannot_run_it_is_an_error():
+    with pytest.raises(ValueError, match="'triton' cannot run: it needs CUDA or ROCm, not cpu"):
+        neighborhood_attention(*packed(1, 7, 7, 1, 8, dtype=torch.float32), 7, implementation='triton')
+
+
+@pytest.mark.parametrize('operator', OPERATORS)
+def test_a_table_is_read_as_it_is_written(operator, tmp_path):
+    shipped = tune.OPERATORS[operator].CONFIGS
+    rows = configs.load(shipped)
+    configs.save(tmp_path / 'table.json', rows)
+    assert configs.load(tmp_path / 'table.json') == rows
+    assert (tmp_path / 'table.json').read_text() == shipped.read_text()

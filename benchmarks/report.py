@@ -10,8 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
+from zoo.benchmarks import models
 from zoo.benchmarks.kernels import BENCHMARKS, RESULTS
-from zoo.benchmarks.models import MEASURES
+from zoo.benchmarks.models import COMPILED
 from zoo.benchmarks.operators import rows
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
@@ -59,16 +60,28 @@ def operator_section(name: str, device: str, report: dict) -> str:
 def models_section(report: dict) -> str:
     setting = report['setting']
     size, batch = setting['size'], setting['batch']
+    device = '' if setting['device'] == 'cpu' else f' --device {setting["device"]}'
+    compiled = ' --compile' if any(name.endswith(COMPILED) for name in report['models']) else ''
     lines = [
-        [name, f'{figures["parameters"] / 1e6:.1f}', *(f'{figures["relative"][measure]:.2f}' for measure in MEASURES)]
-        for name, figures in report['models'].items()
+        [
+            row['model'],
+            f'{row["M parameters"]:.1f}',
+            f'{row["GMACs"]:.2f}',
+            f'{row["forward images/s"]:,.3g}',
+            f'{row["forward TMAC/s"]:.3g}',
+            *(f'{row[f"{measure} relative"]:.2f}' for measure in ('forward', 'training step', 'memory')),
+        ]
+        for row in models.rows(report)
     ]
-    names = ' '.join(name for name in report['models'] if name != setting['baseline'])
-    title = f'## Models on the CPU: {size}x{size}, batch {batch}'
-    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}`: {on_machine(report["machine"])}.'
-    command += f' Multiples of {setting["baseline"]}; `:official` is the same model with its attention in the'
-    command += " formulation of its authors' code."
-    header = ['model', 'parameters, M', 'forward', 'training step', 'memory']
+    names = dict.fromkeys(name.removesuffix(COMPILED) for name in report['models'])
+    names = ' '.join(name for name in names if name not in (setting['baseline'], *models.ALWAYS))
+    title = f'## Models on {"the CPU" if not device else "a GPU"}{", compiled too" if compiled else ""}'
+    title += f': {size}x{size}, batch {batch}'
+    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}{device}{compiled}`: '
+    command += f'{on_machine(report["machine"])}. Time and memory are multiples of those of {setting["baseline"]},'
+    command += ' compiled if the model is; `:official` is the same model with its attention in the formulation of its'
+    command += " authors' code."
+    header = ['model', 'parameters, M', 'GMACs', 'forward, images/s', 'TMAC/s', 'forward', 'training step', 'memory']
     return '\n\n'.join((title, command, markdown(header, lines)))
 
 

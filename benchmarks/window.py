@@ -44,24 +44,26 @@ def partitioned(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     a large negative number for the keys that are padding.
     """
 
-    def function(query, key, value, window_size, dilation, bias, key_mask, scale):
+    def function(query, key, value, window_size, dilation, bias, key_mask, scale, offset):
         B, H, W, heads, d = query.shape
         (rows, columns), (row_step, column_step) = window_size, dilation
-        bottom, right = -H % (rows * row_step), -W % (columns * column_step)
-        grid = (H + bottom) // (rows * row_step), (W + right) // (columns * column_step)
+        top, left = -offset[0] % rows, -offset[1] % columns
+        bottom, right = -(top + H) % (rows * row_step), -(left + W) % (columns * column_step)
+        grid = (top + H + bottom) // (rows * row_step), (left + W + right) // (columns * column_step)
+        pads = top or left or bottom or right
 
         def windows(x, value=0.0):
-            x = F.pad(x, (0, 0, 0, 0, 0, right, 0, bottom), value=value) if bottom or right else x
+            x = F.pad(x, (0, 0, 0, 0, left, right, top, bottom), value=value) if pads else x
             x = x.reshape(len(x), grid[0], rows, row_step, grid[1], columns, column_step, *x.shape[-2:])
             return x.permute(0, 1, 3, 4, 6, 7, 2, 5, 8).reshape(-1, x.shape[-2], rows * columns, x.shape[-1])
 
         mask = bias[None]
-        if bottom or right:
+        if pads:
             mask = (mask + windows(bias.new_zeros(1, H, W, 1, 1), -1e6).mT).repeat(B, 1, 1, 1)
         out = attend(windows(query), windows(key), windows(value), mask, scale)
         out = out.view(B, grid[0], row_step, grid[1], column_step, heads, rows, columns, d)
-        out = out.permute(0, 1, 6, 2, 3, 7, 4, 5, 8).reshape(B, H + bottom, W + right, heads, d)
-        return out[:, :H, :W]
+        out = out.permute(0, 1, 6, 2, 3, 7, 4, 5, 8).reshape(B, top + H + bottom, left + W + right, heads, d)
+        return out[:, top : top + H, left : left + W]
 
     return function
 
@@ -76,8 +78,8 @@ def sdpa(query, key, value, mask, scale):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
-def ours(query, key, value, window_size, dilation, bias, key_mask, scale):
-    return window_attention(query, key, value, window_size, dilation, bias, key_mask, scale)
+def ours(query, key, value, window_size, dilation, bias, key_mask, scale, offset):
+    return window_attention(query, key, value, window_size, dilation, bias, key_mask, scale, offset)
 
 
 FUNCTIONS = {'plain': plain, 'sdpa': sdpa, 'ours': ours}
@@ -90,7 +92,7 @@ def contenders(case: Case, setting: Setting) -> dict[str, Calls]:
     def unpacked(function):
         def attend(qkv, bias):
             windows = (case.window_size,) * 2, (case.dilation,) * 2
-            return function(*qkv.unbind(3), *windows, bias, None, case.head_dim**-0.5)
+            return function(*qkv.unbind(3), *windows, bias, None, case.head_dim**-0.5, (0, 0))
 
         return attend
 

@@ -11,6 +11,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from . import backbones, kernels
+from .acceleration import accelerate, restore
 from .backbones.checkpoints import CheckpointError
 from .backbones.registration import shadowed
 from .conformance import check
@@ -19,6 +20,7 @@ from .models import create_model, info, list_models
 
 __all__ = [
     'CheckpointError',
+    'accelerate',
     'backbones',
     'check',
     'create_model',
@@ -26,6 +28,7 @@ __all__ = [
     'info',
     'kernels',
     'list_models',
+    'restore',
     'shadowed',
 ]
 

@@ -19,19 +19,11 @@ OPERATOR = Operator(NAME)
 POSITION_BIAS = Operator('position_bias')
 
 
-FEW_SCORES = 2**19  # of an image's head, up to which the compiled definition trains faster, measured on a CPU
-
-
 def _judge_tiled(problem: Problem) -> Verdict:
-    trains, scores = (problem.options.get(name, default) for name, default in (('trains', False), ('scores', 0)))
-    if problem.compiling and trains and scores <= FEW_SCORES:
-        return possible('with few pooled scores the definition fused by torch.compile trains faster')
     return chosen('it never holds windows of keys, and keeps nothing for the backward')
 
 
 def _judge_reference(problem: Problem) -> Verdict:
-    if problem.compiling:
-        return chosen('torch.compile fuses it, and unfolds no windows')
     return possible('the definition, in plain operations')
 
 
@@ -163,9 +155,7 @@ def aggregated_attention(
     if tokens < 1:
         raise ValueError(f'{NAME}: there must be pooled keys, got none')
     query, key, value, pooled_key, pooled_value = checks.autocast(query, key, value, pooled_key, pooled_value)
-    scores = height * width * tokens
-    options = dict(scores=scores, trains=torch.is_grad_enabled(), window_size=window_size)
-    return OPERATOR.select(query, implementation, **options)(
+    return OPERATOR.select(query, implementation, window_size=window_size)(
         query,
         key,
         value,

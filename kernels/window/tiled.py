@@ -1,6 +1,6 @@
 """Window attention in chunks that stay in cache, on any device, with an explicit backward.
 
-Along an axis there are classes of windows of one extent: whole ones, and those that the map's border cuts. The windows
+Along an axis there are classes of windows of one extent: whole ones, and those that the map's borders cut. The windows
 of a row class and a column class are dense problems of one size, without padding, of which as many as a cache holds are
 copied together and computed at a time. The backward recomputes the probabilities, so that nothing is kept but the
 inputs. README.md explains more.
@@ -27,9 +27,10 @@ def window_attention(
     bias: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
+    offset: tuple[int, int],
 ) -> Tensor:
     """(batch, height, width, heads, head_dim) -> same, contiguous; key_mask (batch or 1, height, width)."""
-    return torch.ops.zoo.window_attention(query, key, value, bias, key_mask, window_size, dilation, scale)
+    return torch.ops.zoo.window_attention(query, key, value, bias, key_mask, window_size, dilation, scale, offset)
 
 
 @torch.library.custom_op('zoo::window_attention', mutates_args=())
@@ -42,10 +43,11 @@ def forward(
     window_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    offset: Sequence[int],
 ) -> Tensor:
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     with torch.autocast(query.device.type, enabled=False):
-        for windows in classes(query, window_size, dilation):
+        for windows in classes(query, window_size, dilation, offset):
             q_map, k_map, v_map, o_map = (windows.view(x) for x in (query, key, value, output))
             table = windows.table(bias)
             if key_mask is None:
@@ -77,12 +79,13 @@ def backward(
     window_size: Sequence[int],
     dilation: Sequence[int],
     scale: float,
+    offset: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty where there is no bias."""
     grads = empty_gradients(query, bias)
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
-        for windows in classes(query, window_size, dilation):
+        for windows in classes(query, window_size, dilation, offset):
             maps = [windows.view(x) for x in (grad_output, query, key, value)]
             grad_maps = [windows.view(x) for x in grads[:3]]
             table = windows.table(bias)
@@ -136,30 +139,35 @@ class Axis(NamedTuple):
     pixels: int
     window: int  # pixels of a whole window
     step: int
+    first: int = 0  # position in a whole window of the first pixel
 
     def strides(self, stride: int) -> tuple[int, int, int]:
         """Of blocks, residues and pixels along an axis of `stride`."""
         return stride * self.window * self.step, stride, stride * self.step
 
 
-def axis_classes(length: int, window: int, step: int) -> Iterator[Axis]:
-    blocks, rest = divmod(length, window * step)
+def axis_classes(length: int, window: int, step: int, offset: int) -> Iterator[Axis]:
+    cut = min(offset, length)  # of one window, before all others
+    blocks, rest = divmod(length - cut, window * step)
     start = length - rest
     pixels, longer = divmod(rest, step)
     found = (
-        Axis(0, blocks, step, window, window, step),
+        Axis(0, 1, 1, cut, window, step, window - offset),
+        Axis(cut, blocks, step, window, window, step),
         Axis(start, 1, longer, pixels + 1, window, step),
         Axis(start + longer, 1, step - longer, pixels, window, step),
     )
     return (axis for axis in found if axis.blocks and axis.residues and axis.pixels)
 
 
-def classes(query: Tensor, window_size: Sequence[int], dilation: Sequence[int]) -> Iterator['Windows']:
+def classes(
+    query: Tensor, window_size: Sequence[int], dilation: Sequence[int], offset: Sequence[int]
+) -> Iterator['Windows']:
     """All windows of the map, those of one extent together."""
     if not query.numel():
         return
-    for rows in axis_classes(query.shape[1], window_size[0], dilation[0]):
-        for columns in axis_classes(query.shape[2], window_size[1], dilation[1]):
+    for rows in axis_classes(query.shape[1], window_size[0], dilation[0], offset[0]):
+        for columns in axis_classes(query.shape[2], window_size[1], dilation[1], offset[1]):
             yield Windows(query, rows, columns)
 
 
@@ -228,8 +236,8 @@ class Windows:
     def part_of_bias(self, bias: Tensor) -> Tensor:
         """A view (heads, rows, columns, rows, columns) of what there is of these windows in the bias."""
         size = self.rows.window, self.columns.window
-        rows, columns = self.rows.pixels, self.columns.pixels
-        return bias.view(-1, *size, *size)[:, :rows, :columns, :rows, :columns]
+        rows, columns = (slice(axis.first, axis.first + axis.pixels) for axis in (self.rows, self.columns))
+        return bias.view(-1, *size, *size)[:, rows, columns, rows, columns]
 
     def table(self, bias: Tensor | None) -> Tensor | None:
         """Bias (heads, pixels, pixels) of these windows."""
@@ -282,26 +290,26 @@ def heads_of(chunk: tuple[slice, ...]) -> slice:
 
 
 @forward.register_fake
-def _(query, key, value, bias, key_mask, window_size, dilation, scale):
+def _(query, key, value, bias, key_mask, window_size, dilation, scale, offset):
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
 @backward.register_fake
-def _(grad_output, query, key, value, bias, key_mask, window_size, dilation, scale):
+def _(grad_output, query, key, value, bias, key_mask, window_size, dilation, scale, offset):
     return empty_gradients(query, bias)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.window_size, ctx.dilation, ctx.scale = inputs
+    *tensors, ctx.window_size, ctx.dilation, ctx.scale, ctx.offset = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_output):
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
-    arguments = ctx.window_size, ctx.dilation, ctx.scale
+    arguments = ctx.window_size, ctx.dilation, ctx.scale, ctx.offset
     *grads, grad_bias = torch.ops.zoo.window_attention_backward(grad_output, *tensors, *arguments)
     has_bias = tensors[3] is not None
-    return *grads, grad_bias if has_bias else None, None, None, None, None
+    return *grads, grad_bias if has_bias else None, None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

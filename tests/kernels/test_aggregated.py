@@ -285,13 +285,6 @@ def test_dispatch_takes_tiled_and_says_why(operator, situation):
     assert explanation.reason
 
 
-def test_the_compiler_gets_the_definition_to_train_with_few_scores():
-    few, many = dict(scores=32 * 32 * 256, trains=True), dict(scores=64 * 64 * 256, trains=True)
-    assert explain('aggregated_attention', compiling=True, **few).implementation == 'reference'
-    assert explain('aggregated_attention', compiling=True, **many).implementation == 'tiled'
-    assert explain('aggregated_attention', **few).implementation == 'tiled'
-
-
 @pytest.mark.parametrize('trains', [False, True])
 def test_a_compiled_call_computes_the_same(trains):
     tensors = inputs(2, 6, 7, 2, 8)

@@ -34,16 +34,18 @@ def keys(*shape, share=0.6):
     return mask
 
 
-def with_windows(window_size, dilation=1, key_mask=None, scale=None, implementation=None):
+def with_windows(window_size, dilation=1, key_mask=None, scale=None, implementation=None, offset=0):
     def attend(query, key, value, bias=None):
-        return window_attention(query, key, value, window_size, dilation, bias, key_mask, scale, implementation)
+        return window_attention(query, key, value, window_size, dilation, bias, key_mask, scale, offset, implementation)
 
     return attend
 
 
-def assert_exact(tensors, *arguments, **kwargs):
+def assert_exact(tensors, *arguments, offset=0, **kwargs):
     """`tiled` is the definition, for the same arguments."""
-    candidate, reference = (with_windows(*arguments, implementation=name) for name in ('tiled', 'reference'))
+    candidate, reference = (
+        with_windows(*arguments, implementation=name, offset=offset) for name in ('tiled', 'reference')
+    )
     assert_equal_functions(candidate, reference, tensors, **kwargs)
 
 
@@ -120,6 +122,56 @@ def test_a_map_that_windows_do_not_divide_is_one_padded_with_masked_keys(impleme
     assert_close(with_windows(**windows)(**tensors), out[:, :7, :10])
 
 
+@pytest.mark.parametrize('implementation', ['tiled', 'reference'])
+@pytest.mark.parametrize(('size', 'offset'), [((7, 10), (2, 1)), ((7, 10), (0, 3)), ((2, 6), (2, 2)), ((1, 4), (2, 0))])
+def test_windows_with_an_offset_are_those_of_a_map_that_begins_earlier(implementation, size, offset):
+    window, (H, W) = (3, 4), size
+    tensors = inputs(2, H, W, 2, 8, window_size=window)
+    top, left = (-first % side for first, side in zip(offset, window, strict=True))
+    padded = {name: F.pad(x, (0, 0, 0, 0, left, 0, top, 0)) for name, x in tensors.items() if name != 'bias'}
+    key_mask = F.pad(torch.ones(H, W, dtype=torch.bool), (left, 0, top, 0))
+    out = with_windows(window, key_mask=key_mask, implementation='reference')(**padded, bias=tensors['bias'])
+    found = with_windows(window, implementation=implementation, offset=offset)(**tensors)
+    assert_close(found, out[:, top:, left:])
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('has_mask', [False, True])
+@pytest.mark.parametrize(
+    ('shape', 'window_size', 'offset'),
+    [
+        ((2, 14, 21, 2, 32), 7, 4),  # divides: Swin's shifted windows
+        ((2, 13, 10, 3, 24), (4, 3), (1, 2)),  # cut at all sides
+        ((2, 13, 10, 2, 24), (4, 3), (0, 2)),
+        ((1, 2, 9, 2, 16), (7, 4), (3, 1)),  # a map of less than the first window
+    ],
+)
+def test_tiled_windows_with_an_offset_equal_the_definition(shape, window_size, offset, has_mask, dtype):
+    tensors = inputs(*shape, window_size=window_size, dtype=dtype)
+    assert_exact(tensors, window_size, 1, keys(*shape[1:3]) if has_mask else None, offset=offset)
+
+
+def test_windows_with_an_offset_are_swins_rolled_ones_with_their_mask():
+    size, window, shift = (12, 8), 4, (1, 2)
+    tensors = inputs(2, *size, 2, 8, window_size=window)
+    rows, columns = (torch.arange(side) for side in (window, window))
+    steps = (rows[:, None] - rows + 3)[:, None, :, None] * 7 + (columns[:, None] - columns + 3)[:, None]
+    tensors['bias'] = random(49, 2)[steps.reshape(16, 16)].permute(2, 0, 1)
+    regions = [torch.arange(side) + first for side, first in zip(size, shift, strict=True)]
+    regions = (regions[0] >= size[0])[:, None] * 2 + (regions[1] >= size[1])  # what the roll brings from the other end
+
+    def windows(x):
+        return x.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    q, k, v = (windows(tensors[name].roll((-1, -2), (1, 2))).transpose(2, 3) for name in ('query', 'key', 'value'))
+    region = windows(regions[None, :, :, None])[..., 0]
+    scores = q @ k.mT * 8**-0.5 + tensors['bias'] - 1e9 * (region[..., None] != region[..., None, :])[:, :, None]
+    out = (scores.softmax(-1) @ v).transpose(2, 3).unflatten(2, (window, window)).unflatten(1, (3, 2))
+    out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2).roll(shift, (1, 2))
+    for implementation in ('tiled', 'reference'):
+        assert_close(with_windows(window, offset=shift, implementation=implementation)(**tensors), out)
+
+
 @pytest.mark.parametrize('has_mask', [False, True])
 @pytest.mark.parametrize('limit', [1, 60, 700, 5000])
 def test_chunks_and_strips_change_nothing(limit, has_mask, monkeypatch):
@@ -193,8 +245,9 @@ def test_meta_tensors_give_shapes(implementation):
 def test_the_operator_is_registered_well(has_bias, has_mask):
     query, key, value, bias = (x.detach().requires_grad_() for x in inputs(2, 7, 9, 2, 8, window_size=3).values())
     key_mask = keys(7, 9)[None] if has_mask else None
-    arguments = query, key, value, bias if has_bias else None, key_mask, (3, 3), (1, 2), 0.3
-    torch.library.opcheck(torch.ops.zoo.window_attention.default, arguments)
+    for dilation, offset in (((1, 2), (0, 0)), ((1, 1), (1, 2))):
+        arguments = query, key, value, bias if has_bias else None, key_mask, (3, 3), dilation, 0.3, offset
+        torch.library.opcheck(torch.ops.zoo.window_attention.default, arguments)
 
 
 @pytest.mark.parametrize(('implementation', 'dynamic'), [('tiled', True), ('reference', False)])
@@ -253,6 +306,11 @@ def test_autocast_casts_once_and_computes_in_float32(implementation):
         (dict(window_size=3.0), TypeError, r'window_size.*3\.0'),
         (dict(dilation=(1, 0)), ValueError, r'dilation.*\(1, 0\)'),
         (dict(dilation=True), TypeError, 'dilation.*True'),
+        (dict(offset=3), ValueError, r'offset must be 0 or more and less than window_size \(3, 3\), got 3'),
+        (dict(offset=(0, -1)), ValueError, r'offset.*\(0, -1\)'),
+        (dict(offset=(1, 1, 1)), ValueError, 'offset must be an int or 2 ints'),
+        (dict(offset=1.0), TypeError, r'offset.*1\.0'),
+        (dict(offset=(0, 1), dilation=(1, 2)), ValueError, 'windows with an offset must have dilation 1'),
         (dict(bias=torch.ones(1, 9, 8)), ValueError, r'bias must have shape \(1, 9, 9\), got \(1, 9, 8\)'),
         (dict(bias=torch.ones(1, 9, 9).long()), TypeError, 'bias must be floating'),
         (dict(bias=torch.ones(1, 9, 9, device='meta')), ValueError, 'one device'),

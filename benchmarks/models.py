@@ -15,8 +15,8 @@ last, CUDA events. `forward` is in torch.inference_mode and eval mode; a trainin
 backward in train mode, without an optimizer. `memory` is how far memory rises above what holds model and images, at the
 peak of a training step: activations, their gradients and those of the parameters; on the CPU in a fresh process. MACs
 are of one image, products of matrices and convolutions, counted by torch's counter. Writes
-results/models_SIZE_BATCH.json beside this file (models_compiled_… with --compile, models_cuda_… on a GPU), or the file
-that --json names; --csv and --plot write a table and a picture too.
+results/models_SIZE_BATCH.json beside this file (models_cuda_… on a GPU, models_compiled_… with --compile,
+models_accelerated_… with such models), or the file that --json names; --csv and --plot write a table and a picture too.
 """
 
 import argparse
@@ -289,7 +289,12 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error('there is no CUDA GPU here')
     with Progress() as progress:
         report = measure(args.names, args.size, args.batch, args.rounds, progress, args.device, args.compile)
-    kind = 'models' + ('_cuda' if args.device == 'cuda' else '') + ('_compiled' if args.compile else '')
+    kinds = {
+        'cuda': args.device == 'cuda',
+        'compiled': args.compile,
+        'accelerated': any(name.endswith(ACCELERATED) for name in args.names),
+    }
+    kind = '_'.join(['models', *(name for name, holds in kinds.items() if holds)])
     path = args.json or RESULTS / f'{kind}_{args.size}_{args.batch}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + '\n')

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zoo.benchmarks import models
 from zoo.benchmarks.kernels import BENCHMARKS, RESULTS
-from zoo.benchmarks.models import COMPILED
+from zoo.benchmarks.models import ACCELERATED, COMPILED
 from zoo.benchmarks.operators import rows
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
@@ -76,11 +76,12 @@ def models_section(report: dict) -> str:
     names = dict.fromkeys(name.removesuffix(COMPILED) for name in report['models'])
     names = ' '.join(name for name in names if name not in (setting['baseline'], *models.ALWAYS))
     title = f'## Models on {"the CPU" if not device else "a GPU"}{", compiled too" if compiled else ""}'
+    title += ', accelerated too' if any(ACCELERATED in name for name in report['models']) else ''
     title += f': {size}x{size}, batch {batch}'
     command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}{device}{compiled}`: '
     command += f'{on_machine(report["machine"])}. Time and memory are multiples of those of {setting["baseline"]},'
     command += ' compiled if the model is; `:official` is the same model with its attention in the formulation of its'
-    command += " authors' code."
+    command += " authors' code, `:accelerated` one that has gone through `zoo.accelerate`."
     header = ['model', 'parameters, M', 'GMACs', 'forward, images/s', 'TMAC/s', 'forward', 'training step', 'memory']
     return '\n\n'.join((title, command, markdown(header, lines)))
 

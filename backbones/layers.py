@@ -1,16 +1,34 @@
 """Layers that several families share: convolutions and norms on channels-last maps, padding at the bottom and right."""
 
+from collections.abc import Callable
+
 import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['BatchNorm', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'pad_bottom_right']
+__all__ = ['BatchNorm', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'by_images', 'pad_bottom_right']
+
+# Pixels of images that CPU inference takes at a time through what is wide inside, so that this stays in cache.
+TOKENS = 1568
 
 
 def apply_nchw(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Run a module for (B, C, H, W) maps on a (B, H, W, C) map, without copies where it keeps channels last."""
     return module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def by_images(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`function` of maps (B, H, W, C), each of which it takes by itself; for modules that torch.fx does not trace.
+
+    Eager inference on a CPU takes some images at a time: what the function holds in between stays in cache then, and
+    no large memory is asked of the system, which takes as long as computing in it.
+    """
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    images = max(1, TOKENS // max(1, x.shape[1] * x.shape[2]))
+    if graph or torch.is_grad_enabled() or x.device.type != 'cpu' or images >= len(x):
+        return function(x)
+    return torch.cat([function(some) for some in x.split(images)])
 
 
 @register_notrace_function

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..kernels.aggregated import aggregated_attention, position_bias
 from .checkpoints import checkpoint_filter_fn
-from .layers import apply_nchw
+from .layers import apply_nchw, by_images
 from .pyramid import MIN_SIZE, Pyramid
 from .registration import variants
 
@@ -261,6 +261,7 @@ def reset_query(attention: nn.Module) -> None:
     nn.init.trunc_normal_(attention.query_embedding, std=0.02)
 
 
+@register_notrace_module
 class ConvolutionalGLU(nn.Module):
     """A gated MLP whose gates see their neighbors, by a depthwise convolution (section 3.4). (B, H, W, C) -> same."""
 
@@ -273,6 +274,9 @@ class ConvolutionalGLU(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
 
     def forward(self, x):
+        return by_images(self._forward, x)
+
+    def _forward(self, x):
         gates, values = self.fc1(x).chunk(2, dim=-1)
         return self.fc2(self.act(apply_nchw(self.dwconv, gates)) * values)
 

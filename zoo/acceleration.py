@@ -30,13 +30,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbones import biformer, crossformer, maxvit, nat, transnext
+from .backbones.layers import TOKENS
 from .kernels import window_attention
 
 __all__ = ['Acceleration', 'accelerate', 'restore']
 
-# What inference takes at a time, so that it stays in cache while products are still large:
-TOKENS = 1568  # pixels of images, of one image at least
-HIDDEN = 2**20  # members of a hidden layer
+HIDDEN = 2**20  # members of a hidden layer that inference makes at a time: they stay in cache, products are still large
 # Swin keeps pixels of other regions out of a shifted window by adding -100 to their scores. While that leaves them this
 # far below all others, they have no part in the result that float64 could show; the operator leaves them out.
 MARGIN = 30

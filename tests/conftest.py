@@ -1,9 +1,7 @@
-import importlib
-
 import pytest
 import torch
 
-import zoo  # noqa: F401 -- registers the models
+import zoo.train  # noqa: F401 -- registers the models, and imports yapf before test files import mmengine
 from zoo.kernels.launch import INTERPRETED
 
 # One variant of each family, the smallest; stl_nchw for BiFormer's other layout.
@@ -39,12 +37,6 @@ TINY = {
     'transnext_micro': dict(dims=(24, 48, 48, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
-
-
-def pytest_configure(config):
-    """mmengine imports yapf, which writes a cache at its first import: workers that do so at once read half a file."""
-    if not hasattr(config, 'workerinput'):
-        importlib.import_module('mmengine.config')
 
 
 @pytest.fixture(autouse=True)

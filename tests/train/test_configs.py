@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from zoo.train.config import config_names, find_config, load_config
@@ -70,3 +74,12 @@ def test_a_config_without_a_part_is_refused(tmp_path):
 def test_a_wrong_entry_of_the_model_is_named(tmp_path, options, says):
     with pytest.raises((ValueError, TypeError), match=says):
         train(CONFIG, tmp_path, cfg_options=options)
+
+
+def test_processes_that_start_at_once_share_caches_in_peace(tmp_path):
+    """yapf's, which mmengine imports, is not there yet."""
+    command = [sys.executable, '-c', 'import zoo.train.config']
+    environment = os.environ | {'XDG_CACHE_HOME': str(tmp_path)}
+    ranks = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [rank.communicate()[1] for rank in ranks if rank.wait()] == []
+    assert list(tmp_path.rglob('*.pickle'))

@@ -1,7 +1,7 @@
 """Training on mmengine: configs, registries and runner are its own; what it gets wrong is put right in these files."""
 
 import contextlib
-import getpass
+import os
 import tempfile
 from pathlib import Path
 
@@ -13,7 +13,8 @@ def _import_yapf() -> None:
 
     Of the ranks of a machine, or the workers of a test run, one reads half a file then, and dies of an EOFError.
     """
-    lock = FileLock(Path(tempfile.gettempdir()) / f'zoo-{getpass.getuser()}-yapf.lock')
+    user = getattr(os, 'getuid', int)()  # Windows has none, and no folder that users share
+    lock = FileLock(Path(tempfile.gettempdir(), f'zoo-{user}-yapf.lock'))
     with lock, contextlib.suppress(ImportError):  # of an mmengine without it
         import yapf  # noqa: F401
 

@@ -78,6 +78,15 @@ def strides(axes: str, **tensors: Tensor) -> dict[str, int]:
     return {f'{name}_{axis}': n for name, x in tensors.items() for axis, n in zip(axes, x.stride(), strict=True)}
 
 
+def empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Output for queries (batch, height, width, heads, head_dim), and log-sum-exps (batch, heads, height, width)."""
+    batch, height, width, heads, _ = query.shape
+    return (
+        torch.empty(query.shape, dtype=query.dtype, device=query.device),
+        torch.empty(batch, heads, height, width, dtype=torch.float32, device=query.device),
+    )
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

@@ -239,14 +239,6 @@ class Call:
         )
 
 
-def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    batch, height, width, heads, _ = query.shape
-    return (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        torch.empty(batch, heads, height, width, dtype=torch.float32, device=query.device),
-    )
-
-
 @torch.library.custom_op('zoo::aggregated_attention_triton', mutates_args=())
 def _forward(
     query: Tensor,
@@ -265,7 +257,7 @@ def _forward(
     window_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, height, width) for the backward."""
-    output, log_sum = _empty_results(query)
+    output, log_sum = launch.empty_results(query)
     tensors = dict(
         query=query,
         key=key,
@@ -289,7 +281,7 @@ def _forward(
 
 @_forward.register_fake
 def _(query, *arguments):
-    return _empty_results(query)
+    return launch.empty_results(query)
 
 
 @torch.library.custom_op('zoo::aggregated_attention_triton_backward', mutates_args=())
@@ -431,7 +423,7 @@ def launches(
     pooled_key, pooled_value = torch.randn(batch, pooled**2, 2, heads, head_dim, dtype=dtype, device=device).unbind(2)
     cell, cells = size // pooled, window_size**2
     index = torch.arange(size, device=device)[:, None] + torch.arange(size - cell, -1, -cell, device=device)
-    output, log_sum = _empty_results(query)
+    output, log_sum = launch.empty_results(query)
     tensors = dict(
         query=query,
         key=key,

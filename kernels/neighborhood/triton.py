@@ -163,14 +163,6 @@ class Call:
         yield self._launch(bias_gradient_sum, 'bias', rows, cut, partial=partial, d_bias=d_bias, parts=parts)
 
 
-def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
-    batch, height, width, heads, _ = query.shape
-    return (
-        torch.empty(query.shape, dtype=query.dtype, device=query.device),
-        torch.empty(batch, heads, height, width, dtype=torch.float32, device=query.device),
-    )
-
-
 @torch.library.custom_op('zoo::neighborhood_attention_triton', mutates_args=())
 def _forward(
     query: Tensor,
@@ -182,7 +174,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, height, width) for the backward."""
-    output, log_sum = _empty_results(query)
+    output, log_sum = launch.empty_results(query)
     call = Call(dict(query=query, key=key, value=value), bias, kernel_size, dilation, scale)
     call.forward(output, log_sum).run()
     return output, log_sum
@@ -190,7 +182,7 @@ def _forward(
 
 @_forward.register_fake
 def _(query, key, value, bias, kernel_size, dilation, scale):
-    return _empty_results(query)
+    return launch.empty_results(query)
 
 
 @torch.library.custom_op('zoo::neighborhood_attention_triton_backward', mutates_args=())
@@ -301,7 +293,7 @@ def launches(
     """{block: launches that it cuts} of a forward and backward with everything, in the order in which they run."""
     query, key, value = torch.randn(batch, *size, 3, heads, head_dim, dtype=dtype, device=device).unbind(3)
     bias = torch.randn(heads, *(2 * n - 1 for n in kernel_size), device=device)
-    output, log_sum = _empty_results(query)
+    output, log_sum = launch.empty_results(query)
     tensors = dict(query=query, key=key, value=value, grad=torch.randn_like(output))
     call = Call(tensors, bias, kernel_size, (1, 1), head_dim**-0.5, blocks, arithmetic)
     delta, d_query, d_key, d_value = torch.empty_like(log_sum), *(torch.empty_like(output) for _ in range(3))

@@ -41,10 +41,14 @@ test-gpu: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(RUN) -m benchmarks.kernels
-	$(RUN) -m benchmarks.models biformer_tiny nat_mini dinat_tiny van_b0 van_b2 \
+	$(RUN) -m benchmarks.models biformer_tiny biformer_tiny:official nat_mini dinat_tiny van_b0 van_b2 \
 		transnext_micro transnext_micro:official transnext_tiny transnext_tiny:official crossformer_tiny \
 		crossformer_tiny:official crossformer_pp_small crossformer_pp_small:official maxvit_tiny maxvit_tiny_tf_224
-	$(RUN) -m benchmarks.models biformer_tiny transnext_micro --size 512 --batch 1
+	$(RUN) -m benchmarks.models biformer_tiny transnext_micro transnext_micro:official --size 512 --batch 1
+	$(RUN) -m benchmarks.models biformer_tiny biformer_tiny:official transnext_micro transnext_micro:official --compile
+	$(RUN) -m benchmarks.models swin_tiny_patch4_window7_224 swin_tiny_patch4_window7_224:accelerated \
+		maxvit_tiny_tf_224 maxvit_tiny_tf_224:accelerated maxvit_tiny_rw_224 maxvit_tiny_rw_224:accelerated
+	$(RUN) -m benchmarks.models swinv2_tiny_window8_256 swinv2_tiny_window8_256:accelerated --size 256
 	$(RUN) -m benchmarks.report --write
 
 clean:

@@ -15,7 +15,7 @@ RIGHT, WRONG, QUERY, ROUTED = '#2a7f3f', '#c62828', '#1565c0', '#ef6c00'
 
 
 def training_curve(records: Sequence[dict], path: Path | str) -> None:
-    """Loss and learning rate over epochs, and the measures of the validations; records as `hooks.read_curve` gives."""
+    """Loss and learning rate over epochs, and the measures of the validations; records as `records.read_curve` gives."""
     steps = [record for record in records if 'loss' in record]
     validations = [record for record in records if 'loss' not in record]
     figure = Figure(figsize=(11, 4), layout='constrained')

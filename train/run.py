@@ -11,7 +11,7 @@ from torch import distributed
 
 from . import checkpoints
 from .config import load_config
-from .hooks import ProgressBar, read_curve
+from .records import ProgressBar, read_curve
 from .runner import Runner
 
 __all__ = ['TrainResult', 'train']

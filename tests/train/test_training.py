@@ -7,7 +7,7 @@ import torch
 from mmengine.hooks import Hook
 
 from zoo.train import checkpoints
-from zoo.train.hooks import read_curve
+from zoo.train.records import read_curve
 from zoo.train.registry import DATASETS, HOOKS
 from zoo.train.run import train
 

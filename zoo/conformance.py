@@ -195,21 +195,32 @@ def gradients(subject: Subject) -> str:
     """Every parameter gets a finite gradient, and recomputing activations changes none."""
     model = subject.create(dtype=torch.float64)
     images = subject.images(2, 64, 97)
-    found = []
-    for enable in (False, True):
-        model.zero_grad()
-        model.set_grad_checkpointing(enable)
-        model(images).square().mean().backward()
-        found.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
-    without = [key for key, grad in found[0].items() if grad is None]
+    plain = _gradients(model, images)
+    without = [key for key, grad in plain.items() if grad is None]
     _require(not without, f'no gradient reaches {len(without)} parameters: {", ".join(without[:3])}')
-    infinite = [key for key, grad in found[0].items() if not grad.isfinite().all()]
+    infinite = [key for key, grad in plain.items() if not grad.isfinite().all()]
     _require(not infinite, f'{len(infinite)} gradients are not finite: {", ".join(infinite[:3])}')
-    plain, recomputed = (torch.cat([grad.flatten() for grad in each.values()]) for each in found)
-    _require_equal('gradients with and without checkpointing', recomputed, plain)
+    model.set_grad_checkpointing(True)
+    recomputed = _gradients(model, images)
+    # One tensor at a time: the largest models' gradients in one piece more do not fit a workstation.
+    norms = torch.tensor([[(recomputed[key] - grad).norm(), grad.norm()] for key, grad in plain.items()])
+    difference, norm = norms.norm(dim=0).tolist()
+    _require(
+        difference <= EXACT * norm,
+        f'gradients with and without checkpointing differ by {difference / norm:.1e} relative',
+    )
+    count = sum(grad.numel() for grad in plain.values())
+    del plain, recomputed
+    model.zero_grad()
     model.train()
     model(images).square().mean().backward()
-    return f'{len(plain):,} finite; the same with gradient checkpointing'
+    return f'{count:,} finite; the same with gradient checkpointing'
+
+
+def _gradients(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    model.zero_grad()
+    model(images).square().mean().backward()
+    return {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
 
 
 @_check('features')

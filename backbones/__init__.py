@@ -8,11 +8,13 @@ from .halonet import DynamicHaloNet, HaloNet
 from .maxvit import MaxViT
 from .nat import NAT
 from .shvit_distilled import DistilledSHViT
+from .smt import SMT
 from .transnext import TransNeXt
 from .van import VAN
 
 __all__ = [
     'NAT',
+    'SMT',
     'VAN',
     'BiFormer',
     'CrossFormer',

@@ -7,7 +7,6 @@ Original code: google-research/maxvit (Apache-2.0), in TensorFlow. The weights a
 state dicts of timm's `maxvit_*_tf_*` are those of these models.
 """
 
-import math
 from collections.abc import Mapping
 from functools import partial
 
@@ -29,7 +28,7 @@ from ..kernels import window_attention
 from . import checkpoints
 from .checkpoints import CheckpointError
 from .layers import SameConv2d
-from .pyramid import Pyramid
+from .pyramid import Pyramid, init_conv
 from .registration import variants
 
 __all__ = ['MaxViT', 'checkpoint_filter_fn']
@@ -282,13 +281,9 @@ class MaxViT(Pyramid):
 
     @staticmethod
     def init_module(module):
-        """Convolutions normal with variance 2 / fan-out, fan-out counted per group; transformers as in ViT."""
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, Attention):
+        """Convolutions by their fan-out, transformers as in ViT."""
+        init_conv(module)
+        if isinstance(module, Attention):
             for linear in (module.qkv, module.proj):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.zeros_(linear.bias)

@@ -8,6 +8,8 @@
 Every level has ceil(H / reduction) x ceil(W / reduction) pixels, whatever the image's size.
 """
 
+import math
+
 import torch
 from timm.layers import ClassifierHead, Format, get_device_dtype, nchw_to, nhwc_to
 from timm.models import checkpoint_seq, register_notrace_function
@@ -16,7 +18,7 @@ from torch import nn
 
 from .checkpoints import rename
 
-__all__ = ['Pyramid', 'Stage']
+__all__ = ['Pyramid', 'Stage', 'init_conv']
 
 STEM = r'^stem|^stages\.0\.downsample'  # parameters before the first block
 MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
@@ -29,6 +31,15 @@ def check_images(x: torch.Tensor, in_chans: int, min_size: int = MIN_SIZE) -> No
         raise ValueError(f'Expected images (batch, {in_chans}, height, width), got shape {list(x.shape)}.')
     if x.shape[2] < min_size or x.shape[3] < min_size:
         raise ValueError(f'Expected images of at least {min_size}x{min_size}, got {x.shape[2]}x{x.shape[3]}.')
+
+
+def init_conv(module: nn.Module) -> None:
+    """A convolution's weights normal with variance 2 / fan-out, fan-out counted per group; other modules stay."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Stage(nn.Module):

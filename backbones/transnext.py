@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..kernels.aggregated import aggregated_attention, position_bias
 from .checkpoints import checkpoint_filter_fn
 from .layers import apply_nchw, by_images
-from .pyramid import MIN_SIZE, Pyramid
+from .pyramid import MIN_SIZE, Pyramid, init_conv
 from .registration import variants
 
 __all__ = ['AggregatedAttention', 'TransNeXt', 'checkpoint_filter_fn']
@@ -403,13 +403,9 @@ class TransNeXt(Pyramid):
 
     @staticmethod
     def init_module(module):
-        """Convolutions normal with variance 2 / fan-out, fan-out counted per group; linears as every family's."""
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)
-        else:
-            Pyramid.init_module(module)
+        """Convolutions by their fan-out, linears as every family's."""
+        init_conv(module)
+        Pyramid.init_module(module)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

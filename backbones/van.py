@@ -6,8 +6,6 @@ depthwise, a dilated depthwise and a pointwise one.
 Original code: Visual-Attention-Network/VAN-Classification (Apache-2.0).
 """
 
-import math
-
 import torch
 from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import register_notrace_module
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
 from .layers import pad_to_stride
-from .pyramid import Pyramid
+from .pyramid import Pyramid, init_conv
 from .registration import variants
 
 __all__ = ['VAN', 'checkpoint_filter_fn']
@@ -169,13 +167,9 @@ class VAN(Pyramid):
 
     @staticmethod
     def init_module(module):
-        """Convolutions normal with variance 2 / fan-out, fan-out counted per group; linears as every family's."""
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            nn.init.zeros_(module.bias)
-        else:
-            Pyramid.init_module(module)
+        """Convolutions by their fan-out, linears as every family's."""
+        init_conv(module)
+        Pyramid.init_module(module)
 
 
 variants(

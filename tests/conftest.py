@@ -20,6 +20,7 @@ SMALLEST = (
     'halonet26t_dynamic',
     'crossvit_tiny_240_dynamic',
     'shvit_s1_distilled',
+    'smt_t',
 )
 
 # Arguments that keep a family's structure in a model small enough for a quick test.
@@ -35,6 +36,7 @@ TINY = {
     'crossformer_tiny': dict(dim=32, depths=(2, 2, 2, 1), num_heads=(1, 2, 2, 4)),
     'crossformer_pp_small': dict(dim=32, depths=(2, 2, 4, 1), num_heads=(1, 2, 2, 4)),
     'transnext_micro': dict(dims=(24, 48, 48, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
+    'smt_t': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(0, 0, 2, 4)),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 

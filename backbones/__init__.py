@@ -4,6 +4,7 @@ from .biformer import BiFormer
 from .crossformer import CrossFormer
 from .crossvit_dynamic import DynamicCrossViT
 from .dinat_s import DiNATS
+from .ecanet import ECAMobileNetV2, ECAResNet
 from .halonet import DynamicHaloNet, HaloNet
 from .maxvit import MaxViT
 from .nat import NAT
@@ -22,6 +23,8 @@ __all__ = [
     'DistilledSHViT',
     'DynamicCrossViT',
     'DynamicHaloNet',
+    'ECAMobileNetV2',
+    'ECAResNet',
     'HaloNet',
     'MaxViT',
     'TransNeXt',

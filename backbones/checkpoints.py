@@ -12,6 +12,7 @@ from . import adopted, catalogue
 __all__ = ['CheckpointError', 'checkpoint_filter_fn', 'misfit', 'mismatches', 'rename', 'to_own_keys']
 
 WRAPPERS = ('state_dict', 'model')  # what the authors' training scripts put a state dict under
+PARALLEL = 'module.'  # what DataParallel puts before each key
 SHOWN = 10  # keys listed of each kind in an error
 # What filters raise that meet another model's tensors.
 NOT_THEIRS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -43,6 +44,8 @@ def unwrap(state_dict: Mapping) -> Mapping:
     for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
+    if state_dict and all(str(key).startswith(PARALLEL) for key in state_dict):
+        return {key.removeprefix(PARALLEL): tensor for key, tensor in state_dict.items()}
     return state_dict
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
-from .pyramid import Pyramid, check_images
+from .pyramid import ImageChecks, Pyramid
 from .registration import variants
 
 __all__ = ['DynamicHaloNet', 'HaloNet', 'checkpoint_filter_fn']
@@ -203,7 +203,7 @@ class HaloNet(Pyramid):
             nn.init.zeros_(module.conv3_1x1.bn.weight)
 
 
-class DynamicHaloNet(ByobNet):
+class DynamicHaloNet(ImageChecks, ByobNet):
     """timm's HaloNet hybrids on images of any size from 32x32; states and weights are timm's.
 
     Args:
@@ -219,18 +219,6 @@ class DynamicHaloNet(ByobNet):
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
         """timm's keys are this model's."""
         return dict(state_dict)
-
-    def forward(self, x):
-        """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x):
-        check_images(x, self.in_chans)
-        return super().forward_features(x)
-
-    def forward_intermediates(self, x, *args, **kwargs):
-        check_images(x, self.in_chans)
-        return super().forward_intermediates(x, *args, **kwargs)
 
 
 def _with_halo_attention(cfg):

@@ -18,7 +18,7 @@ from torch import nn
 
 from .checkpoints import rename
 
-__all__ = ['Pyramid', 'Stage', 'init_conv']
+__all__ = ['ImageChecks', 'Pyramid', 'Stage', 'check_images', 'init_conv']
 
 STEM = r'^stem|^stages\.0\.downsample'  # parameters before the first block
 MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
@@ -31,6 +31,23 @@ def check_images(x: torch.Tensor, in_chans: int, min_size: int = MIN_SIZE) -> No
         raise ValueError(f'Expected images (batch, {in_chans}, height, width), got shape {list(x.shape)}.')
     if x.shape[2] < min_size or x.shape[3] < min_size:
         raise ValueError(f'Expected images of at least {min_size}x{min_size}, got {x.shape[2]}x{x.shape[3]}.')
+
+
+class ImageChecks:
+    """For subclasses of timm's models, before these in the bases: images that don't fit are refused at once."""
+
+    def forward(self, x):
+        """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
+        # As timm's, but of this file: torch.fx leaves only those functions alone that it finds beside `forward`.
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x):
+        check_images(x, self.in_chans)
+        return super().forward_features(x)
+
+    def forward_intermediates(self, x, *args, **kwargs):
+        check_images(x, self.in_chans)
+        return super().forward_intermediates(x, *args, **kwargs)
 
 
 def init_conv(module: nn.Module) -> None:

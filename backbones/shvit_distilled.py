@@ -13,13 +13,13 @@ from torch import nn
 
 from . import adopted
 from .checkpoints import checkpoint_filter_fn, rename
-from .pyramid import check_images
+from .pyramid import ImageChecks
 from .registration import variants
 
 __all__ = ['DistilledSHViT', 'checkpoint_filter_fn']
 
 
-class DistilledSHViT(SHViT):
+class DistilledSHViT(ImageChecks, SHViT):
     """SHViT with a second classifier, which learns from a teacher; predictions are the mean of both.
 
     Arguments are those of timm's SHViT. In training, after `set_distilled_training()`, the model returns the logits of
@@ -55,18 +55,6 @@ class DistilledSHViT(SHViT):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.head_dist = self._make_head_dist()
-
-    def forward(self, x):
-        """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x):
-        check_images(x, self.in_chans)
-        return super().forward_features(x)
-
-    def forward_intermediates(self, x, *args, **kwargs):
-        check_images(x, self.in_chans)
-        return super().forward_intermediates(x, *args, **kwargs)
 
     def forward_head(self, x, pre_logits: bool = False):
         x = super().forward_head(x, pre_logits=True)

@@ -21,6 +21,8 @@ SMALLEST = (
     'crossvit_tiny_240_dynamic',
     'shvit_s1_distilled',
     'smt_t',
+    'eca_resnet18',
+    'eca_mobilenetv2_100',
 )
 
 # Arguments that keep a family's structure in a model small enough for a quick test.

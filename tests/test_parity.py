@@ -22,8 +22,10 @@ def test_logits_and_stages_equal_the_official_ones(name, tmp_path):
     record = rule.load_record(name)
     tolerance = FLOAT32_TABLES.get(catalogue.family_of(record['name']), TOLERANCE)
     state_dict = rule.checkpoint(record)
-    wrapper = record['facts'].get('ckpt_wrapper')
+    wrapper, _, remark = (record['facts'].get('ckpt_wrapper') or '').partition(' ')
     is_wrapped = wrapper in ('model', 'state_dict')
+    if '"module."' in remark:
+        state_dict = {f'module.{key}': value for key, value in state_dict.items()}
     path = tmp_path / 'official.pth'
     torch.save({wrapper: state_dict} if is_wrapped else state_dict, path)
     arguments = record.get('name_kwargs', {})
@@ -35,6 +37,7 @@ def test_logits_and_stages_equal_the_official_ones(name, tmp_path):
     assert list(logits.shape) == record['logits']['shape']
     assert relative_error(logits, record['logits'], 64) < tolerance
     assert logits.norm().item() == pytest.approx(record['logits']['norm'], rel=tolerance)
+    maps = [features if i == 'features' else maps[i] for i in record.get('levels', range(len(maps)))]
     for x, stage in zip(maps, record['stages'], strict=True):
         if len(stage['shape']) == 3:  # (B, tokens, C)
             x = x.flatten(2).mT

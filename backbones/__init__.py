@@ -7,6 +7,7 @@ from .dinat_s import DiNATS
 from .ecanet import ECAMobileNetV2, ECAResNet
 from .halonet import DynamicHaloNet, HaloNet
 from .maxvit import MaxViT
+from .moh import MoHTransNeXt
 from .nat import NAT
 from .shvit_distilled import DistilledSHViT
 from .smt import SMT
@@ -27,5 +28,6 @@ __all__ = [
     'ECAResNet',
     'HaloNet',
     'MaxViT',
+    'MoHTransNeXt',
     'TransNeXt',
 ]

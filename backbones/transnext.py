@@ -179,6 +179,7 @@ class AggregatedAttention(nn.Module):
         self.act = nn.GELU()
         self.norm = nn.LayerNorm(dim, **dd)
         self.cpb = ContinuousPositionBias(num_heads, **cpb, **dd)
+        self.head_gate = None  # a module that weighs the outputs of the heads, (B, H, W, C) -> (B, H, W, heads)
         self.proj = nn.Linear(dim, dim, **dd)
         self.reset_parameters()
 
@@ -201,7 +202,7 @@ class AggregatedAttention(nn.Module):
         pooled = adaptive_avg_pool(self.act(self.sr(x)), self.pooled_size(size))
         pooled_k, pooled_v = self.kv(self.norm(pooled)).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
         pooled_bias, row_index, column_index = self.cpb(size, self.pooled_size)
-        x = aggregated_attention(
+        out = aggregated_attention(
             q,
             k,
             v,
@@ -217,7 +218,7 @@ class AggregatedAttention(nn.Module):
             learnable_bias=self.learnable_bias.squeeze(1),
             window_size=self.window_size,
         )
-        return self.proj(x.flatten(-2))
+        return self.proj(gated(self.head_gate, x, out).flatten(-2))
 
     def extra_repr(self):
         return f'num_heads={self.num_heads}, window_size={self.window_size}, sr_ratio={self.sr_ratio}'
@@ -235,6 +236,7 @@ class Attention(nn.Module):
         self.query_embedding = nn.Parameter(torch.empty(num_heads, 1, dim // num_heads, **dd))
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.cpb = ContinuousPositionBias(num_heads, **cpb, **dd)
+        self.head_gate = None  # a module that weighs the outputs of the heads, (B, H, W, C) -> (B, H, W, heads)
         self.proj = nn.Linear(dim, dim, **dd)
         self.reset_parameters()
 
@@ -249,10 +251,16 @@ class Attention(nn.Module):
         bias = pairs(*self.cpb(x.shape[1:3], lambda size: size)).flatten(3, 4).flatten(1, 2)  # (heads, H * W, H * W)
         q, k, bias = (y.to(v.dtype) for y in (q, F.normalize(k, dim=-1), bias))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        out = out.transpose(1, 2).unflatten(1, x.shape[1:3])  # (B, H, W, heads, head_dim)
+        return self.proj(gated(self.head_gate, x, out).flatten(-2))
 
     def extra_repr(self):
         return f'num_heads={self.num_heads}'
+
+
+def gated(head_gate: nn.Module | None, x, out):
+    """Heads' outputs (B, H, W, heads, head_dim), each weighed by what a gate makes of the input (B, H, W, C)."""
+    return out if head_gate is None else out * head_gate(x)[..., None]
 
 
 def reset_query(attention: nn.Module) -> None:

@@ -21,6 +21,7 @@ SMALLEST = (
     'crossvit_tiny_240_dynamic',
     'shvit_s1_distilled',
     'smt_t',
+    'moh_transnext_small_80',
     'eca_resnet18',
     'eca_mobilenetv2_100',
 )
@@ -39,6 +40,13 @@ TINY = {
     'crossformer_pp_small': dict(dim=32, depths=(2, 2, 4, 1), num_heads=(1, 2, 2, 4)),
     'transnext_micro': dict(dims=(24, 48, 48, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
     'smt_t': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(0, 0, 2, 4)),
+    'moh_transnext_small_80': dict(
+        dims=(24, 48, 72, 96),
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 3, 4),
+        shared_heads=(0, 2, 1, 2),
+        routed_heads=(1, 0, 1, 1),
+    ),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 

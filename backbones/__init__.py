@@ -11,6 +11,7 @@ from .moh import MoHTransNeXt
 from .nat import NAT
 from .shvit_distilled import DistilledSHViT
 from .smt import SMT
+from .stvit import SViT
 from .transnext import TransNeXt
 from .van import VAN
 
@@ -29,5 +30,6 @@ __all__ = [
     'HaloNet',
     'MaxViT',
     'MoHTransNeXt',
+    'SViT',
     'TransNeXt',
 ]

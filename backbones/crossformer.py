@@ -241,11 +241,6 @@ class CrossFormer(Pyramid):
             )
         self.finish(nn.LayerNorm(width, **dd))
 
-    def map_official(self, state_dict):
-        """The authors' keys to ours, without buffers."""
-        state_dict = {key: value for key, value in state_dict.items() if not key.endswith(self.constants)}
-        return super().map_official(state_dict)
-
 
 plus = dict(group_sizes=(4, 4, 14, 7), intervals=(4, 2, 1, 1), cooling=True)
 heads = {64: (2, 4, 8, 16), 96: (3, 6, 12, 24), 128: (4, 8, 16, 32)}  # of 32 channels each

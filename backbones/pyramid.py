@@ -102,6 +102,7 @@ class Pyramid(nn.Module):
     first_conv: str
     classifier_name = 'head.fc'
     official_keys: list[tuple] = []  # (pattern, replacement) of re.sub, from the authors' keys to ours
+    constants: tuple[str, ...] = ()  # ends of the authors' keys of tensors that the architecture computes
 
     def __init__(
         self,
@@ -137,10 +138,13 @@ class Pyramid(nn.Module):
         )
         self.stages.append(Stage(downsample, blocks, norm))
 
-    def finish(self, norm: nn.Module | None = None) -> None:
-        """Close the pyramid with its final norm and the classifier, and initialise the weights."""
+    def finish(self, norm: nn.Module | None = None, num_features: int | None = None) -> None:
+        """Close the pyramid with its final norm and the classifier, and initialise the weights.
+
+        `num_features` is the number of channels after the norm, where it is one with a projection.
+        """
         self.norm = norm or nn.Identity()
-        self.num_features = self.feature_info[-1]['num_chs']
+        self.num_features = num_features or self.feature_info[-1]['num_chs']
         self.head = self.make_head(self.num_features, self.num_classes, **self.__dict__.pop('_head_args'))
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
@@ -169,7 +173,8 @@ class Pyramid(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
-        """The authors' state dict under our keys; ours passes through."""
+        """The authors' state dict under our keys, without constants; ours passes through."""
+        state_dict = {key: value for key, value in state_dict.items() if not key.endswith(self.constants)}
         return rename(state_dict, (*self.official_keys, (r'^head\.(weight|bias)$', r'head.fc.\1')))
 
     def forward_features(self, x):
@@ -235,11 +240,11 @@ class Pyramid(nn.Module):
         kept = last + 1 - self.stem_levels
         is_cut = kept < len(self.stages)
         self.stages = self.stages[:kept]
+        num_features = self.num_features
         if prune_norm or is_cut:
             self.norm = nn.Identity()
-        if is_cut:
-            self.num_features = self.head_hidden_size = self.feature_info[last]['num_chs']
-        if prune_head or is_cut:
+            self.num_features = self.feature_info[last]['num_chs']
+        if prune_head or self.num_features != num_features:
             self.reset_classifier(0, '', reset_other=True)
         return take
 

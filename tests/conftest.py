@@ -21,6 +21,7 @@ SMALLEST = (
     'crossvit_tiny_240_dynamic',
     'shvit_s1_distilled',
     'smt_t',
+    'stvit_small',
     'moh_transnext_small_80',
     'eca_resnet18',
     'eca_mobilenetv2_100',
@@ -47,6 +48,7 @@ TINY = {
         shared_heads=(0, 2, 1, 2),
         routed_heads=(1, 0, 1, 1),
     ),
+    'stvit_small': dict(dims=(16, 32, 32, 48), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 3)),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 

@@ -6,6 +6,7 @@ from .crossvit_dynamic import DynamicCrossViT
 from .dinat_s import DiNATS
 from .ecanet import ECAMobileNetV2, ECAResNet
 from .halonet import DynamicHaloNet, HaloNet
+from .litv2 import LITv2
 from .maxvit import MaxViT
 from .moh import MoHTransNeXt
 from .nat import NAT
@@ -28,6 +29,7 @@ __all__ = [
     'ECAMobileNetV2',
     'ECAResNet',
     'HaloNet',
+    'LITv2',
     'MaxViT',
     'MoHTransNeXt',
     'SViT',

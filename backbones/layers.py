@@ -7,7 +7,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['BatchNorm', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'by_images', 'pad_bottom_right']
+__all__ = ['BatchNorm', 'ConvMlp', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'by_images', 'pad_bottom_right']
 
 # Pixels of images that CPU inference takes at a time through what is wide inside, so that this stays in cache.
 TOKENS = 1568
@@ -43,6 +43,24 @@ def pad_to_stride(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
     """Append zero rows and columns to a (B, C, H, W) map until the stride divides its sides."""
     rows, columns = -x.shape[2] % stride[0], -x.shape[3] % stride[1]
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+
+
+class ConvMlp(nn.Module):
+    """A perceptron whose hidden layer passes, or has added to it, a depthwise 3x3 convolution. (B, H, W, C) -> same."""
+
+    def __init__(self, dim: int, hidden_dim: int, residual: bool = False, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.residual = residual
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        near = apply_nchw(self.dwconv, x)
+        return self.fc2(self.act(x + near if self.residual else near))
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import PaddedConv2d, apply_nchw
+from .layers import ConvMlp, PaddedConv2d, apply_nchw
 from .pyramid import Pyramid, init_conv
 from .registration import variants
 
@@ -75,22 +75,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (H, W)) + local)
 
 
-class ConvMlp(nn.Module):
-    """A perceptron with a depthwise 3x3 convolution added to its hidden layer. (B, H, W, C) -> same."""
-
-    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x):
-        x = self.fc1(x)
-        return self.fc2(self.act(x + apply_nchw(self.dwconv, x)))
-
-
 class Block(nn.Module):
     """Pre-norm block of modulation, or of attention with `num_heads` heads. (B, H, W, C) -> same."""
 
@@ -110,7 +94,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, **dd) if num_heads else ScaleAwareModulation(dim, **dd)
         self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), residual=True, **dd)
         self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 

@@ -21,6 +21,7 @@ SMALLEST = (
     'crossvit_tiny_240_dynamic',
     'shvit_s1_distilled',
     'smt_t',
+    'litv2_s',
     'stvit_small',
     'moh_transnext_small_80',
     'eca_resnet18',
@@ -49,6 +50,7 @@ TINY = {
         routed_heads=(1, 0, 1, 1),
     ),
     'stvit_small': dict(dims=(16, 32, 32, 48), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 3)),
+    'litv2_s': dict(dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), alpha=0.5),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 

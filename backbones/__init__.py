@@ -6,6 +6,7 @@ from .crossvit_dynamic import DynamicCrossViT
 from .dinat_s import DiNATS
 from .ecanet import ECAMobileNetV2, ECAResNet
 from .halonet import DynamicHaloNet, HaloNet
+from .illama import ILLaMA
 from .litv2 import LITv2
 from .maxvit import MaxViT
 from .moh import MoHTransNeXt
@@ -29,6 +30,7 @@ __all__ = [
     'ECAMobileNetV2',
     'ECAResNet',
     'HaloNet',
+    'ILLaMA',
     'LITv2',
     'MaxViT',
     'MoHTransNeXt',

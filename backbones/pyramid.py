@@ -24,6 +24,7 @@ STEM = r'^stem|^stages\.0\.downsample'  # parameters before the first block
 MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
 
 
+@torch.fx.wrap
 @register_notrace_function
 def check_images(x: torch.Tensor, in_chans: int, min_size: int = MIN_SIZE) -> None:
     """ValueError unless x is (batch, in_chans, height, width) with sides of at least min_size."""
@@ -36,14 +37,9 @@ def check_images(x: torch.Tensor, in_chans: int, min_size: int = MIN_SIZE) -> No
 class ImageChecks:
     """For subclasses of timm's models, before these in the bases: images that don't fit are refused at once."""
 
-    def forward(self, x):
-        """Logits (batch, num_classes) of images (batch, in_chans, height, width)."""
-        # As timm's, but of this file: torch.fx leaves only those functions alone that it finds beside `forward`.
-        return self.forward_head(self.forward_features(x))
-
-    def forward_features(self, x):
+    def forward_features(self, x, *args, **kwargs):
         check_images(x, self.in_chans)
-        return super().forward_features(x)
+        return super().forward_features(x, *args, **kwargs)
 
     def forward_intermediates(self, x, *args, **kwargs):
         check_images(x, self.in_chans)

@@ -25,13 +25,19 @@ def variants(model_cls: type, **table: dict) -> None:
     defines `model_cls`, which must also hold its `checkpoint_filter_fn`. A name that timm has already is left to timm.
 
     `model_cls` says which modules its `first_conv` and its classifier (`classifier_name`) are, a name or several, where
-    the catalogue doesn't have them from the model of timm that it extends.
+    the catalogue doesn't have them from the model of timm that it extends; and, by `pools_map = False`, that its head
+    doesn't pool a map.
     """
     module = sys.modules[model_cls.__module__]
     fields = (('first_conv', 'first_conv'), ('classifier', 'classifier_name'))
     layers = {field: getattr(model_cls, name) for field, name in fields if hasattr(model_cls, name)}
+    pools_map = getattr(model_cls, 'pools_map', True)
     cfgs = {
-        tagged: {'pool_size': tuple(-(-side // 32) for side in cfg['input_size'][1:]), **cfg, **layers}
+        tagged: {
+            **({'pool_size': tuple(-(-side // 32) for side in cfg['input_size'][1:])} if pools_map else {}),
+            **cfg,
+            **layers,
+        }
         for name in table
         for tagged, cfg in catalogue.default_cfg(name).items()
     }

@@ -22,6 +22,7 @@ SMALLEST = (
     'shvit_s1_distilled',
     'smt_t',
     'litv2_s',
+    'illama_tiny',
     'stvit_small',
     'moh_transnext_small_80',
     'eca_resnet18',
@@ -51,6 +52,7 @@ TINY = {
     ),
     'stvit_small': dict(dims=(16, 32, 32, 48), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 3)),
     'litv2_s': dict(dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), alpha=0.5),
+    'illama_tiny': dict(embed_dim=32, depth=3, num_heads=2),
     'halonet_h0': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(2, 2, 4, 4)),
 }
 

@@ -5,12 +5,14 @@ from .crossformer import CrossFormer
 from .crossvit_dynamic import DynamicCrossViT
 from .dinat_s import DiNATS
 from .ecanet import ECAMobileNetV2, ECAResNet
+from .glnet import GLNet, TokenLabelGLNet
 from .halonet import DynamicHaloNet, HaloNet
 from .illama import ILLaMA
 from .litv2 import LITv2
 from .maxvit import MaxViT
 from .moh import MoHTransNeXt
 from .nat import NAT
+from .overlock import OverLoCK
 from .shvit_distilled import DistilledSHViT
 from .smt import SMT
 from .stvit import SViT
@@ -29,11 +31,14 @@ __all__ = [
     'DynamicHaloNet',
     'ECAMobileNetV2',
     'ECAResNet',
+    'GLNet',
     'HaloNet',
     'ILLaMA',
     'LITv2',
     'MaxViT',
     'MoHTransNeXt',
+    'OverLoCK',
     'SViT',
+    'TokenLabelGLNet',
     'TransNeXt',
 ]

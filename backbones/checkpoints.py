@@ -32,16 +32,16 @@ def checkpoint_filter_fn(state_dict: Mapping, model: torch.nn.Module) -> dict[st
     Raises:
         CheckpointError: tensors are missing, unknown, or of other shapes; names the family that they would fit.
     """
-    state_dict = unwrap(state_dict)
+    state_dict = unwrap(state_dict, _architecture(model))
     problem = misfit(state_dict, model)
     if problem:
         raise CheckpointError(problem)
     return to_own_keys(state_dict, model)
 
 
-def unwrap(state_dict: Mapping) -> Mapping:
-    """The state dict itself, out of what the authors' training scripts save around it."""
-    for wrapper in WRAPPERS:
+def unwrap(state_dict: Mapping, name: str = '') -> Mapping:
+    """The state dict of model `name` itself, out of what the authors' training scripts save around it."""
+    for wrapper in (*catalogue.wrappers(name), *WRAPPERS):
         if isinstance(state_dict.get(wrapper), Mapping):
             state_dict = state_dict[wrapper]
     if state_dict and all(str(key).startswith(PARALLEL) for key in state_dict):

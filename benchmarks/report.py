@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from zoo.benchmarks import models
+from zoo.benchmarks import loader, models, training
 from zoo.benchmarks.kernels import BENCHMARKS, RESULTS
 from zoo.benchmarks.models import ACCELERATED, COMPILED
 from zoo.benchmarks.operators import rows
@@ -86,6 +86,30 @@ def models_section(report: dict) -> str:
     return '\n\n'.join((title, command, markdown(header, lines)))
 
 
+def training_section(report: dict) -> str:
+    setting = report['setting']
+    device = '' if setting['device'] == 'cpu' else f' --device {setting["device"]}'
+    command = f'`python -m benchmarks.training --model {setting["model"]["name"]} --size {setting["size"]}'
+    command += f' --iterations {setting["iterations"]}{device}`: {on_machine(report["machine"])}. Batches of'
+    command += f' {setting["batch"]} images; {"process time with one thread" if not device else "wall time"}. Medians,'
+    command += ' and of the overhead, that of pairs of neighbouring iterations, the quartiles too.'
+    title = f'## The training loop on {"the CPU" if not device else "a GPU"}, beside a bare PyTorch loop'
+    return '\n\n'.join((title, command, markdown(['', 'ms an iteration', 'of the bare loop'], training.rows(report))))
+
+
+def loader_section(reports: dict) -> str:
+    parts = ['## What bounds a run: loader, model, and both']
+    for name, report in reports.items():
+        setting = report['setting']
+        workers = ' '.join(report['workers'])
+        what = f'--model {setting["model"]} --size {setting["image"][-1]}' if ' on ' in name else name
+        command = f'`python -m benchmarks.loader {what} --batch {setting["batch"]} --workers {workers}`: '
+        command += f'{on_machine(report["machine"])}. {setting["model"]} alone {report["model"]:,.1f} images/s, with'
+        command += f' {setting["threads"]} threads; wall time. {loader.verdict(report)}'
+        parts += [command, markdown(list(loader.COLUMNS), loader.rows(report))]
+    return '\n\n'.join(parts)
+
+
 def page() -> str:
     """docs/benchmarks.md, from what is recorded."""
     sections = [HEAD.strip()]
@@ -95,6 +119,8 @@ def page() -> str:
             for name, report in json.loads(path.read_text()).items():
                 sections.append(operator_section(name, device, report))
     sections += [models_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('models_*.json'))]
+    sections += [training_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('training*.json'))]
+    sections += [loader_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('loader*.json'))]
     return '\n\n'.join(sections) + '\n'
 
 

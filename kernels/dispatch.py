@@ -90,7 +90,7 @@ class Operator:
 
         It computes outside of an autocast region that is open here: implementations choose their dtypes themselves.
         """
-        exporting = _is_exporting()
+        exporting = is_exporting()
         compiling = torch.compiler.is_compiling() and not exporting
         device = query.device
         capability = _capability(device.index) if device.type == 'cuda' else None
@@ -130,7 +130,8 @@ def _capability(index: int | None) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(index) if (index or 0) < count else None
 
 
-def _is_exporting() -> bool:
+def is_exporting() -> bool:
+    """Whether torch.export traces what calls this."""
     # Dynamo of torch 2.11 takes torch.compiler.is_exporting() for true in all that it traces, but not the flag behind.
     flag = getattr(torch.compiler, '_is_exporting_flag', None)
     return torch.compiler.is_exporting() if flag is None else flag

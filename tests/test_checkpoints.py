@@ -10,6 +10,7 @@ import torch
 
 import zoo
 from zoo.backbones import catalogue
+from zoo.backbones.checkpoints import unwrap
 
 
 class Arbitrary:
@@ -33,6 +34,13 @@ def test_official_files_load_with_and_without_wrapper(official, tmp_path, wrappe
     by_zoo = zoo.create_model('van_b0', checkpoint=path)
     by_timm = timm.create_model('van_b0', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     assert torch.equal(logits(by_zoo), logits(by_timm))
+
+
+def test_averaged_weights_are_taken_where_the_authors_publish_these():
+    both = {'model': {'a': torch.zeros(1)}, 'model_ema': {'a': torch.ones(1)}}
+    assert unwrap(both, 'glnet_16g.in1k') == both['model_ema']
+    assert unwrap(both, 'glnet_9g') == unwrap(both) == both['model']
+    assert unwrap({'module.a': 0, 'module.b.module.c': 1}) == {'a': 0, 'b.module.c': 1}
 
 
 def test_safetensors_load(official, tmp_path):

@@ -1,19 +1,30 @@
 """Labelled images through timm's readers, with errors that name the file or folder at fault."""
 
+import warnings
 from pathlib import Path
 
+import numpy as np
+from mmengine.dist import barrier, is_main_process
+from mmengine.hooks import Hook
 from PIL import Image
+from rich.console import Console
 from timm.data import create_transform
 from timm.data.readers import create_reader
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from .registry import DATASETS, TRANSFORMS
+from .augmentation import keep_no_bits
+from .images import EXTENSIONS, ImageError, append_broken, collect_broken, decode
+from .registry import DATASETS, HOOKS, TRANSFORMS
 from .seeding import seed_everything
+from .shards import ShardReader
 
-__all__ = ['LabelledImages', 'build_transform', 'check_classes', 'timm_transform']
+__all__ = ['LEFT_OUT', 'BrokenImages', 'LabelledImages', 'build_transform', 'check_classes', 'timm_transform']
 
-STREAMS = ('wds/', 'hfids/', 'tfds/')
+LEFT_OUT = -1  # label of a sample that stands for an image that can't be read, where none can replace it
+REPLACEMENTS = 100  # drawn for one broken image before giving up
+SHARDS = 'wds/'
+STREAMS = ('hfids/', 'tfds/')
 
 for _name in dir(v2):
     _transform = getattr(v2, _name)
@@ -24,7 +35,7 @@ for _name in dir(v2):
 @TRANSFORMS.register_module()
 def timm_transform(**kwargs):
     """timm's transform of the same arguments, up to a uint8 tensor: the task normalizes, on its device."""
-    return create_transform(**kwargs, normalize=False)
+    return keep_no_bits(create_transform(**kwargs, normalize=False))
 
 
 def build_transform(transform):
@@ -41,15 +52,22 @@ class LabelledImages(Dataset):
         root: the data's folder; with timm's default reader, images are in root/split/class name/.
         split: subfolder of root, or the reader's name for the part; '' if root (a folder or tar file) is the part.
         transform: config of the transform, or a list of them.
-        reader: timm's name of a reader that reads by position: '' (folders, tar files) or 'hfds/<name>'.
+        reader: timm's name of a reader that reads by position: '' (folders, tar files), 'hfds/<name>', or 'wds/', whose
+            shards are then read by position too (see `ShardReader`).
         image_mode: PIL's mode that images are converted to.
+        on_error: what an image that can't be decoded does. 'raise': it ends the run, and is named. 'skip': it is noted
+            in the run's folder (see `BrokenImages`), and another image, drawn by the key of its draw, takes its place,
+            so that an exact resume and the other processes stay in step. Without a key, as in validation, a blank image
+            with the label LEFT_OUT does, which measures leave out. A file that can't be opened always ends the run.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a class without images, images outside any class, or a reader that only streams.
     """
 
-    def __init__(self, root, split: str, transform, reader: str = '', image_mode: str = 'RGB'):
+    def __init__(self, root, split: str, transform, reader: str = '', image_mode: str = 'RGB', on_error: str = 'raise'):
+        if on_error not in ('raise', 'skip'):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
         if reader.startswith(STREAMS):
             raise ValueError(f'{reader!r} only streams; an exact resume needs a reader that reads by position.')
         folder = Path(root).expanduser()
@@ -57,16 +75,18 @@ class LabelledImages(Dataset):
             folder = folder / split
             if not folder.exists():
                 raise FileNotFoundError(f'There is no image folder {folder.absolute()}.')
-        self.reader = create_reader(reader, root=str(folder), split=split)
-        if folder.is_dir() and not reader:
-            _check_folder(folder, self.reader)
+        self.reader = _reader(reader, folder, split)
         self.transform = build_transform(transform)
         self.image_mode = image_mode
+        self.on_error = on_error
+        self.broken_folder = None  # the run's, once it begins
+        self._noted = set()  # by this process
 
     @property
     def metainfo(self) -> dict:
         """`classes`: their names, in the order of their indices."""
-        class_to_idx = getattr(self.reader, 'class_to_idx', None) or {}
+        names = ('class_to_idx', 'class_name_to_idx')  # the latter of timm's reader of tar files
+        class_to_idx = next((found for name in names if (found := getattr(self.reader, name, None))), {})
         return {'classes': sorted(class_to_idx, key=class_to_idx.get)}
 
     def __len__(self) -> int:
@@ -75,19 +95,80 @@ class LabelledImages(Dataset):
     def __getitem__(self, draw):
         """Sample of an index, or of a sampler's (index, key), whose random numbers are then those of the key."""
         index, key = draw if isinstance(draw, tuple) else (draw, None)
-        image, label = self.read(index)
+        image, label = self.read(index) if self.on_error == 'raise' else self._read_or_replace(index, key)
         if key is not None:
             seed_everything(*key)
         return self.transform(image), label
 
     def read(self, index: int) -> tuple[Image.Image, int]:
-        """The image as it is stored, in `image_mode`, and its label."""
+        """The image as it is stored, in `image_mode`, and its label.
+
+        Raises:
+            ImageError: the image can't be decoded; names it.
+            OSError: its file can't be read.
+        """
         file, label, *_ = self.reader[index]
-        try:
-            with file:
-                return Image.open(file).convert(self.image_mode), label
-        except (OSError, SyntaxError, ValueError) as error:  # all of which Pillow raises for files it can't decode
-            raise OSError(f'Cannot read the image {self.reader.filename(index, absolute=True)}: {error}') from error
+        with file:
+            return decode(file, self.image_mode, self.filename(index)), int(label)
+
+    def filename(self, index: int) -> str:
+        """Where an image is, for people."""
+        return self.reader.filename(index, absolute=True)
+
+    def _read_or_replace(self, index: int, key) -> tuple[Image.Image, int]:
+        for attempt in range(REPLACEMENTS):
+            try:
+                return self.read(index)
+            except ImageError as error:
+                self._note(error)
+            if key is None:
+                return Image.new(self.image_mode, (256, 256)), LEFT_OUT
+            index = int(np.random.default_rng((*key, attempt)).integers(len(self)))
+        raise OSError(f'{REPLACEMENTS} images that were drawn one after another can not be read.')
+
+    def _note(self, error: ImageError) -> None:
+        if self.broken_folder is None:
+            warnings.warn(f'{error} (skipped)', stacklevel=2)
+        elif error.name not in self._noted:
+            append_broken(self.broken_folder, error.name, error.reason)
+            self._noted.add(error.name)
+
+
+@HOOKS.register_module()
+class BrokenImages(Hook):
+    """Have the datasets with on_error='skip' note what they can't read: broken_images.txt in the run's folder.
+
+    A line each: path, tab, reason, of all workers and processes. Their number is printed at the end. Until then, and
+    after a kill, the notes are in the folder broken_images/, and a resumed run adds to them.
+    """
+
+    def before_run(self, runner) -> None:
+        for loop in (runner.train_loop, runner.val_loop):
+            dataset = None if loop is None else loop.dataloader.dataset
+            if isinstance(dataset, LabelledImages):
+                dataset.broken_folder = runner.work_dir
+
+    def after_run(self, runner) -> None:
+        barrier()
+        if not is_main_process():
+            return
+        broken = collect_broken(runner.work_dir)
+        if broken:
+            listed = Path(runner.work_dir, 'broken_images.txt')
+            Console().print(f'[bold red]Images that can not be read, and were skipped: {len(broken)}[/]; see {listed}.')
+
+
+def _reader(reader: str, folder: Path, split: str):
+    if reader.startswith(SHARDS):
+        return ShardReader(folder, split)
+    if reader:
+        return create_reader(reader, root=str(folder), split=split)
+    if not folder.is_dir():  # open tar files would share a position with those of forked workers
+        return create_reader('', root=str(folder), cache_tarfiles=False)
+    # timm's own extensions are png, jpg and jpeg: images of others would vanish.
+    found = create_reader('', root=str(folder), input_key=';'.join(sorted(EXTENSIONS)))
+    _check_folder(folder, found)
+    return found
 
 
 def _check_folder(folder: Path, reader) -> None:

@@ -4,7 +4,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
 
 from .data import check_classes
+from .distributed import BufferBroadcast
 from .registry import LOOPS
+from .signals import Preempted, StopSignals
 
 __all__ = ['TrainLoop']
 
@@ -16,6 +18,9 @@ class TrainLoop(BaseLoop):
     A resumed run sets the sampler to its position instead of reading all past batches again, and repeats a
     validation that was due at the checkpoint, as the checkpoint was written before it. To hooks, the whole training
     is one epoch, so that a stop can't fall between the end of an epoch and what they do then.
+
+    SIGTERM and SIGUSR1 end the run with `Preempted` after the first iteration that has updated the weights, on which
+    all processes agree; a validation is not interrupted.
 
     Args:
         max_epochs: how long to train.
@@ -31,6 +36,7 @@ class TrainLoop(BaseLoop):
         self.max_iters = max_epochs * self.epoch_length
         self.val_interval = val_interval * self.epoch_length
         self.stop_training = False  # set by mmengine's EarlyStoppingHook
+        self.is_stopping = False  # a signal has asked for it
         self._iter = 0  # set, as _epoch is, by the runner's resume
 
     @property
@@ -41,29 +47,48 @@ class TrainLoop(BaseLoop):
     def epoch(self) -> int:
         return self._iter // self.epoch_length
 
+    @property
+    def is_updated(self) -> bool:
+        """Whether the last iteration has updated the weights, rather than only gathered gradients."""
+        return self.runner.optim_wrapper.should_update()
+
     def run(self):
         self._check()
         self.dataloader.sampler.start = self._iter * self.dataloader.batch_size
-        batches = iter(self.dataloader)
-        self.runner.call_hook('before_train')
-        self.runner.call_hook('before_train_epoch')
+        self.share_buffers = BufferBroadcast(self._model)
+        with StopSignals() as self.signals:
+            self.runner.call_hook('before_train')
+            self.runner.call_hook('before_train_epoch')
+            self._train()
+            self.runner.call_hook('after_train_epoch')
+            self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def _train(self) -> None:
         if self._iter:
             self._validate_if_due()
+        batches = iter(self.dataloader)
+        self.runner.model.train()
         while self._iter < self.max_iters and not self.stop_training:
-            self.runner.model.train()
             self.run_iter(next(batches))
+            if self.is_stopping and self.is_updated:
+                raise Preempted(f'Stopped by a signal after iteration {self._iter}; --resume goes on from there.')
             self._validate_if_due()
-        self.runner.call_hook('after_train_epoch')
-        self.runner.call_hook('after_train')
-        return self.runner.model
 
     def run_iter(self, data_batch) -> None:
         """One iteration on a batch of (images, labels)."""
         hook_arguments = {'batch_idx': self._iter, 'data_batch': data_batch}
         self.runner.call_hook('before_train_iter', **hook_arguments)
         outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
+        self.share_buffers()
+        self.is_stopping = self.signals.agreed() or self.is_stopping
         self.runner.call_hook('after_train_iter', **hook_arguments, outputs=outputs)
         self._iter += 1
+
+    @property
+    def _model(self):
+        model = self.runner.model
+        return model.module if is_model_wrapper(model) else model
 
     def _check(self) -> None:
         if any(scheduler.by_epoch for scheduler in self.runner.param_schedulers or ()):
@@ -71,10 +96,10 @@ class TrainLoop(BaseLoop):
                 'Schedulers step by iteration here: give each convert_to_iter_based=True or by_epoch=False.'
             )
         if self.runner.val_loop is not None:
-            model = self.runner.model.module if is_model_wrapper(self.runner.model) else self.runner.model
-            check_classes(self.dataloader.dataset, self.runner.val_dataloader.dataset, model.num_classes)
+            check_classes(self.dataloader.dataset, self.runner.val_dataloader.dataset, self._model.num_classes)
 
     def _validate_if_due(self) -> None:
         is_due = self._iter % self.val_interval == 0 or self._iter == self.max_iters
         if is_due and self.runner.val_loop is not None:
             self.runner.val_loop.run()
+            self.runner.model.train()

@@ -1,50 +1,106 @@
-"""Parameter groups as timm makes them, and mixed precision on any device."""
+"""Optimizers and parameter groups as timm makes them, gradient clipping, and mixed precision on any device."""
 
+import fnmatch
 from contextlib import contextmanager
 
+import mmengine.optim
 import timm.optim
 import torch
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.utils.agc import adaptive_clip_grad
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
-__all__ = ['AutocastOptimWrapper', 'TimmParamGroups', 'param_groups']
+__all__ = ['AutocastOptimWrapper', 'OptimWrapper', 'TimmParamGroups', 'param_groups']
 
 OPTIMIZERS.register_module(module=timm.optim.Lamb)
+CLIP = {
+    'norm': nn.utils.clip_grad_norm_,  # max_norm
+    'value': nn.utils.clip_grad_value_,  # clip_value
+    'agc': adaptive_clip_grad,  # clip_factor
+}
+
+
+def _register_timm_optimizers() -> None:
+    """As 'timm/<name>', with timm's defaults of that name. Those that need CUDA or a library ask for it on use."""
+
+    def constructor(name):
+        return lambda params, **kwargs: timm.optim.create_optimizer_v2(params, name, **kwargs)
+
+    for name in timm.optim.list_optimizers():
+        OPTIMIZERS.register_module(name=f'timm/{name}', module=constructor(name))
+
+
+_register_timm_optimizers()
 
 
 def param_groups(
-    backbone: nn.Module, lr: float, weight_decay: float = 0.0, layer_decay: float | None = None
+    backbone: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    layer_decay: float | None = None,
+    decay: tuple[str, ...] = (),
+    no_decay: tuple[str, ...] = (),
 ) -> list[dict]:
     """Groups with learning rate and weight decay of a timm model's trainable parameters.
 
-    Biases, norms and what the model's no_weight_decay() names aren't decayed. With layer_decay, a layer's rate is
-    that factor times the next layer's, layers being counted by the model's group_matcher.
+    Biases, vectors and what the model's no_weight_decay() names aren't decayed. With layer_decay, a layer's rate is
+    that factor times the next layer's, layers being counted by the model's group_matcher; `lr_scale` of a group is
+    what its rate was multiplied by.
+
+    Args:
+        backbone: the model.
+        lr: rate of the last layer, or of all.
+        weight_decay: of the parameters that are decayed.
+        layer_decay: factor from a layer to the one before it; None for one rate.
+        decay: patterns of names ('*.rpb') that are decayed all the same.
+        no_decay: patterns of further names that aren't.
+
+    Raises:
+        ValueError: a pattern that no parameter's name matches.
     """
+    names = {parameter: name for name, parameter in backbone.named_parameters()}
+    for pattern in (*decay, *no_decay):
+        if not fnmatch.filter(names.values(), pattern):
+            raise ValueError(f'No parameter of the {type(backbone).__name__} has a name like {pattern!r}.')
     exempt = backbone.no_weight_decay() if hasattr(backbone, 'no_weight_decay') else ()
-    arguments = {'weight_decay': weight_decay, 'no_weight_decay_list': exempt}
+    arguments = {'weight_decay': weight_decay, 'no_weight_decay_list': {*exempt, *no_decay}}
     if layer_decay is None:
-        return [{**group, 'lr': lr} for group in param_groups_weight_decay(backbone, **arguments)]
-    groups = param_groups_layer_decay(backbone, **arguments, layer_decay=layer_decay)
-    return [
-        {'params': group['params'], 'weight_decay': group['weight_decay'], 'lr': lr * group['lr_scale']}
-        for group in groups
-    ]
+        groups = param_groups_weight_decay(backbone, **arguments)
+    else:
+        groups = param_groups_layer_decay(backbone, **arguments, layer_decay=layer_decay)
+
+    def is_decayed(parameter):
+        return any(fnmatch.fnmatch(names[parameter], pattern) for pattern in decay)
+
+    result = []
+    for group in groups:
+        scale = group.get('lr_scale', 1.0)
+        parts = {group['weight_decay']: [p for p in group['params'] if not is_decayed(p)]}
+        parts.setdefault(weight_decay, []).extend(filter(is_decayed, group['params']))
+        for value, parameters in parts.items():
+            if parameters:
+                made = {'params': parameters, 'weight_decay': value, 'lr': lr * scale}
+                result.append(made if layer_decay is None else {**made, 'lr_scale': scale})
+    return result
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmParamGroups:
-    """Builds an optimizer wrapper on `param_groups` of the task's backbone; `paramwise_cfg` may hold `layer_decay`."""
+    """Builds an optimizer wrapper on `param_groups` of the task's backbone.
+
+    `paramwise_cfg` may hold `layer_decay`, `decay` and `no_decay`.
+    """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None):
         self.wrapper = dict(optim_wrapper_cfg)
         self.optimizer = dict(self.wrapper.pop('optimizer'))
         self.arguments = dict(paramwise_cfg or {})
 
-    def __call__(self, model: nn.Module) -> OptimWrapper:
+    def __call__(self, model: nn.Module) -> 'OptimWrapper':
         backbone = (model.module if is_model_wrapper(model) else model).backbone
         lr, weight_decay = self.optimizer['lr'], self.optimizer.get('weight_decay', 0.0)
         groups = param_groups(backbone, lr, weight_decay, **self.arguments)
@@ -53,22 +109,88 @@ class TimmParamGroups:
 
 
 @OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
-    """Forward passes under autocast, on the CPU too. bfloat16 needs no loss scaling; for float16 see AmpOptimWrapper.
+class OptimWrapper(mmengine.optim.OptimWrapper):
+    """An optimizer with gradient accumulation and clipping.
 
     Args:
-        dtype: of the autocast.
+        optimizer: what steps.
+        accumulative_counts: batches whose mean gradient makes a step.
+        clip_grad: `type` 'norm' (the default), 'value' or 'agc' (adaptive clipping, arXiv 2102.06171), and the
+            arguments of torch's clip_grad_norm_ (max_norm), clip_grad_value_ (clip_value) or timm's
+            adaptive_clip_grad (clip_factor). All parameters are clipped, the classifier's too.
+
+    Attributes:
+        grad_norm: norm of the last step's gradient before clipping by norm, a tensor; None before, and otherwise.
+
+    Raises:
+        ValueError: no such type of clipping, or no batches to accumulate.
     """
 
-    def __init__(self, dtype: str = 'bfloat16', **kwargs):
+    def __init__(self, optimizer, accumulative_counts: int = 1, clip_grad: dict | None = None):
+        if not isinstance(accumulative_counts, int) or accumulative_counts < 1:
+            raise ValueError(f'accumulative_counts must be a positive integer, got {accumulative_counts!r}.')
+        super().__init__(optimizer, accumulative_counts)
+        self.clip_grad_kwargs = dict(clip_grad or {})
+        kind = self.clip_grad_kwargs.pop('type', 'norm')
+        if kind not in CLIP:
+            raise ValueError(f'clip_grad type must be one of {", ".join(CLIP)}, got {kind!r}.')
+        self.clip_func = CLIP[kind]
+        self.grad_norm = None
+
+    @property
+    def accumulative_counts(self) -> int:
+        """Batches to a step."""
+        return self._accumulative_counts
+
+    def _clip_grad(self) -> None:
+        # mmengine's keeps each norm in its message hub, at a wait for the device each step.
+        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        if parameters:
+            norm = self.clip_func(parameters, **self.clip_grad_kwargs)
+            self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded by FSDP2
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """Forward passes under autocast, on the CPU too. The loss of float16 is scaled, and the scale resumed.
+
+    Args:
+        dtype: of the autocast, 'bfloat16' or 'float16'.
+        loss_scale: initial scale of float16's loss; timm's and torch's 65536 by default. It halves whenever a
+            gradient overflows, and that step is left out.
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    def __init__(self, dtype: str = 'bfloat16', loss_scale: float = 2.0**16, **kwargs):
         super().__init__(**kwargs)
-        if dtype != 'bfloat16':
-            raise ValueError(
-                f"dtype must be 'bfloat16', got {dtype!r}; mmengine's AmpOptimWrapper scales float16's loss."
-            )
+        if dtype not in ('bfloat16', 'float16'):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float16', got {dtype!r}.")
+        self.dtype = getattr(torch, dtype)
+        device = self.optimizer.param_groups[0]['params'][0].device.type
+        self.scaler = torch.amp.GradScaler(device, init_scale=loss_scale, enabled=dtype == 'float16')
 
     @contextmanager
     def optim_context(self, model: nn.Module):
         device = next(model.parameters()).device.type
-        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+        with super().optim_context(model), torch.autocast(device, self.dtype):
             yield
+
+    def backward(self, loss, **kwargs) -> None:
+        super().backward(self.scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs) -> None:
+        if self.clip_grad_kwargs:
+            self.scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.scaler.step(self.optimizer, **kwargs)
+        self.scaler.update()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), 'loss_scaler': self.scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        self.scaler.load_state_dict(state_dict.pop('loss_scaler', None) or self.scaler.state_dict())
+        super().load_state_dict(state_dict)

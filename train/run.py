@@ -1,18 +1,24 @@
 """Train what a config describes."""
 
-import os
+import sys
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from mmengine.dist import barrier, is_main_process
-from torch import distributed
+from mmengine.config import Config
+from mmengine.dist import get_world_size, is_main_process
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from . import checkpoints
+from . import checkpoints, distributed
+from .batches import fit
 from .config import load_config
+from .preflight import preflight as rehearse
 from .records import ProgressBar, read_curve
+from .report import write_report
 from .runner import Runner
+from .signals import Preempted
+from .validation import validate
 
 __all__ = ['TrainResult', 'train']
 
@@ -27,6 +33,7 @@ class TrainResult:
         checkpoint: the last one; `train(..., resume=True)` goes on from it.
         best: that of the best validation.
         weights: the backbone's last weights, for `timm.create_model(name, checkpoint_path=...)`.
+        report: all about the run, for people.
         curve: the record of the run, JSON lines.
         picture: the same drawn.
     """
@@ -36,6 +43,7 @@ class TrainResult:
     checkpoint: Path
     best: Path
     weights: Path
+    report: Path
     curve: Path
     picture: Path
 
@@ -50,40 +58,77 @@ def train(
     work_dir: Path | str | None = None,
     resume: bool = False,
     cfg_options: dict | None = None,
+    preflight: bool = True,
+    strict: bool = False,
 ) -> TrainResult:
     """Train an image classifier. Under torchrun, every process calls this and has the result.
 
     Args:
         config: path of an mmengine config, or name of one that comes with the zoo ('quickstart/biformer_digits').
         work_dir: folder for the run's files; the config's, or work_dirs/<name>, if None.
-        resume: go on from the folder's last checkpoint, to the same weights as without the interruption.
+        resume: go on from the folder's newest whole checkpoint, to the same weights as without the interruption. A
+            restart by torchrun does so in any case.
         cfg_options: values in place of the config's, by dotted name.
+        preflight: whether to compare what the run would do with what its config says before it begins; a run that
+            goes on isn't compared again.
+        strict: whether what the preflight warns of is an error.
 
     Raises:
-        FileNotFoundError: no such config or data.
+        FileNotFoundError: no such config.
         FileExistsError: the folder has checkpoints of another run, and resume is false.
-        ValueError: what the config asks for can't be made, or data and model disagree on the classes.
+        ConfigError: what the config asks for can't be made, or doesn't fit the data: a ValueError with all problems.
+        PreflightError: the run would not do what its config says: a ValueError with what the preflight has found.
+        ValueError: a checkpoint to resume from is of other data or another batch, or none is whole.
+        CheckpointWriteError: the disk is full, or the folder can't be written to.
+        Preempted: SIGTERM or SIGUSR1 has stopped the run, after a checkpoint; uncaught, the exit status is PREEMPTED.
     """
+    # torchrun shows the traceback that `record` writes down, of the process that failed first.
+    run = record(_train) if distributed.is_launched() else _train
+    return run(config, work_dir, resume, cfg_options, preflight, strict)
+
+
+def _train(config, work_dir, resume: bool, cfg_options: dict | None, preflight: bool, strict: bool) -> TrainResult:
     cfg = load_config(config, cfg_options)
     cfg.work_dir = str(work_dir or cfg.work_dir)
-    cfg.resume = resume
-    cfg.launcher = _init_distributed()
-    cfg.experiment_name = f'{Path(cfg.work_dir).name}_{uuid.uuid4().hex}'  # mmengine gives runs of one name one state
-    runner = Runner.from_cfg(cfg)
-    try:
-        runner.train()
-    finally:
-        for hook in runner.hooks:
-            if isinstance(hook, ProgressBar):
-                hook.close()
-    return _result(Path(runner.work_dir))
+    with distributed.process_group() as launcher:
+        distributed.on_first(validate, cfg, True, get_world_size())
+        if preflight and distributed.on_first(checkpoints.latest, cfg.work_dir) is None:
+            _preflight(cfg, strict)
+        cfg.resume = resume
+        cfg.launcher = launcher
+        # mmengine gives runs of one name one state.
+        cfg.experiment_name = f'{Path(cfg.work_dir).name}_{uuid.uuid4().hex}'
+        runner = Runner.from_cfg(fit(cfg, get_world_size()))
+        try:
+            runner.train()
+        except Preempted as stop:
+            if is_main_process():
+                print(stop, file=sys.stderr)
+            raise
+        finally:
+            for hook in runner.hooks:
+                if isinstance(hook, ProgressBar):
+                    hook.close()
+        return _result(Path(runner.work_dir))
+
+
+def _preflight(cfg: Config, strict: bool) -> None:
+    """Show and keep what a preflight finds; PreflightError if the run is not to begin."""
+    report = rehearse(cfg, strict=strict)
+
+    def keep() -> None:
+        folder = Path(cfg.work_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.write_atomically(folder / 'preflight.json', lambda path: path.write_text(report.to_json() + '\n'))
+        Console().print(report.render(only_problems=True))
+
+    distributed.on_first(keep)
+    report.require()
 
 
 def _result(folder: Path) -> TrainResult:
     checkpoint, weights = checkpoints.latest(folder), folder / 'model.safetensors'
-    if is_main_process():
-        checkpoints.export_backbone(checkpoint, weights)
-    barrier()
+    distributed.on_first(checkpoints.export_backbone, checkpoint, weights)
     validations = [record for record in read_curve(folder / 'curve.jsonl') if 'loss' not in record]
     metrics = {key: value for key, value in validations[-1].items() if key not in ('iter', 'epoch')}
     return TrainResult(
@@ -92,20 +137,7 @@ def _result(folder: Path) -> TrainResult:
         checkpoint=checkpoint,
         best=folder / 'best.pth',
         weights=weights,
+        report=distributed.on_first(write_report, folder),
         curve=folder / 'curve.jsonl',
         picture=folder / 'curve.png',
     )
-
-
-def _init_distributed() -> str:
-    """Join the process group that torchrun asks for, and return mmengine's word for it.
-
-    Before the runner does it, as mmengine then asks CUDA for a device even if there is none.
-    """
-    if 'LOCAL_RANK' not in os.environ:
-        return 'none'
-    if not distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-        distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
-    return 'pytorch'

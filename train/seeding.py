@@ -13,4 +13,10 @@ def seed_everything(*key: int) -> None:
     first, second = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(first))
     np.random.seed(first)
-    torch.manual_seed(int(second))
+    seed = int(second)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed formats the stack for each idle kind of device
+    for device in (torch.cuda, torch.xpu):
+        if device.is_initialized():
+            device.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)

@@ -1,5 +1,6 @@
 """The command line `zoo`: the words of the Python interface, with tables. Commands import what they need on use."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,15 @@ from rich.table import Table
 app = typer.Typer(help='Attention-centred vision backbones for timm.', no_args_is_help=True, add_completion=False)
 bench = typer.Typer(help='Side-by-side measurements.', no_args_is_help=True)
 app.add_typer(bench, name='bench')
-console = Console(width=None if sys.stdout.isatty() else 200)  # files and pipes get whole lines
+# Files and pipes get whole lines. Of the processes that torchrun starts, the first one speaks.
+console = Console(width=None if sys.stdout.isatty() else 200, quiet=os.environ.get('RANK', '0') != '0')
 
 
 def _fail(error: Exception) -> None:
-    console.print(f'[bold red]Error:[/] {error}', highlight=False, soft_wrap=True)
+    rank = os.environ.get('RANK')
+    where = '' if rank is None else f' (rank {rank})'
+    loud = Console(width=console.width)  # whichever process it is
+    loud.print(f'[bold red]Error{where}:[/] {escape(str(error))}', highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -122,19 +127,306 @@ def train(
     config: Annotated[str, typer.Argument(help='A config file, or a shipped one such as quickstart/biformer_digits.')],
     work_dir: Annotated[Path | None, typer.Option(help='Where checkpoints and logs go.')] = None,
     resume: Annotated[bool, typer.Option('--resume', help='Go on from the last checkpoint in the work dir.')] = False,
+    preflight: Annotated[bool, typer.Option(help='Compare first what the run would do with its config.')] = True,
+    strict: Annotated[bool, typer.Option('--strict', help='What the preflight warns of is an error.')] = False,
     cfg_options: Annotated[list[str] | None, typer.Option(help='key=value, overrides the config; repeatable.')] = None,
 ) -> None:
     """Train by an mmengine config."""
     from zoo.train.run import train
 
     try:
-        options = dict(option.split('=', 1) for option in cfg_options or ())
-    except ValueError:
-        _fail(ValueError(f'--cfg-options takes key=value, got {cfg_options}.'))
-    try:
-        train(config, work_dir=work_dir, resume=resume, cfg_options=options)
-    except (OSError, ValueError, KeyError) as error:
+        train(
+            config,
+            work_dir=work_dir,
+            resume=resume,
+            cfg_options=_options(cfg_options),
+            preflight=preflight,
+            strict=strict,
+        )
+    except _failures() as error:
         _fail(error)
+
+
+def _options(given: list[str] | None) -> dict[str, str]:
+    if any('=' not in option for option in given or ()):
+        raise ValueError(f'--cfg-options takes key=value, got {given}.')
+    return dict(option.split('=', 1) for option in given or ())
+
+
+@app.command('preflight')
+def preflight_(
+    config: Annotated[str, typer.Argument(help='A config file, or a shipped one such as quickstart/biformer_digits.')],
+    depth: Annotated[str, typer.Option(help='quick, or full: also with copies of the model that learn.')] = 'quick',
+    strict: Annotated[bool, typer.Option('--strict', help='Warnings are errors.')] = False,
+    silence: Annotated[list[str] | None, typer.Option(help='A check to leave out; repeatable.')] = None,
+    world_size: Annotated[int | None, typer.Option(help='Processes that the run is planned for.')] = None,
+    json: Annotated[Path | None, typer.Option(help='Write the findings there too.')] = None,
+    cfg_options: Annotated[list[str] | None, typer.Option(help='key=value, overrides the config; repeatable.')] = None,
+) -> None:
+    """What a run would really do, beside what its config says; nothing is trained."""
+    from zoo.train.checkpoints import write_atomically
+    from zoo.train.config import load_config
+    from zoo.train.distributed import process_group
+    from zoo.train.preflight import preflight
+    from zoo.train.validation import validate
+
+    try:
+        cfg = load_config(config, _options(cfg_options))
+        validate(cfg, world_size=world_size)
+        with process_group(), console.status(f'preflight of {config} …'):
+            report = preflight(cfg, depth=depth, strict=strict, silence=silence or (), world_size=world_size)
+        if json is not None and not console.quiet:
+            write_atomically(json, lambda temporary: temporary.write_text(report.to_json() + '\n'))
+    except _failures() as error:
+        _fail(error)
+    console.print(report.render())
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(help='A model of timm or the zoo; or a config of a run, or its folder, for what it has trained.'),
+]
+_Images = Annotated[list[str], typer.Argument(help='Files, folders, tar files, wildcards.')]
+_Checkpoint = Annotated[
+    Path | None, typer.Option(help='Weights; the pretrained ones without. Of a run: best.pth, in place of its last.')
+]
+_NumClasses = Annotated[int | None, typer.Option(help="The checkpoint's, if they can't be read off it.")]
+_Names = Annotated[Path | None, typer.Option(help='A file of the names of the classes, a line each.')]
+_ImgSize = Annotated[int | None, typer.Option(help="In place of the size of the model's preprocessing.")]
+_TestSize = Annotated[bool, typer.Option('--test-size', help="The size that the model's cfg gives for tests.")]
+_CropPct = Annotated[float | None, typer.Option(help='Share of the resized image that the crop is.')]
+_CropMode = Annotated[str | None, typer.Option(help='center, squash or border.')]
+_Interpolation = Annotated[str | None, typer.Option(help='bicubic, bilinear, ...')]
+_BatchSize = Annotated[int, typer.Option(help='Images at a time.')]
+_Workers = Annotated[int, typer.Option(help='Processes that read images.')]
+_WORKERS = min(4, os.cpu_count() or 1)
+_Device = Annotated[str | None, typer.Option(help='cuda, cpu, ...; the best that there is, without.')]
+_Amp = Annotated[str, typer.Option(help='none, bf16 or fp16.')]
+_OnError = Annotated[str, typer.Option(help='What an image that can not be decoded does: raise or skip.')]
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What users are told in a line."""
+    import zoo
+
+    return OSError, ValueError, KeyError, ImportError, zoo.CheckpointError
+
+
+@app.command('eval')
+def eval_(
+    model: _Model,
+    data: Annotated[str, typer.Argument(help='A folder with a folder of images for each class, or a tar file.')],
+    checkpoint: _Checkpoint = None,
+    split: Annotated[str, typer.Option(help='Subfolder of the data, or the name of the part for its reader.')] = '',
+    reader: Annotated[str, typer.Option(help="timm's name of another reader, such as hfds/NAME.")] = '',
+    class_map: Annotated[
+        Path | None, typer.Option(help="JSON or text: which of the model's classes each folder is of.")
+    ] = None,
+    real_labels: Annotated[
+        str | None, typer.Option(help="ImageNet's reassessed labels (real.json), or 'timm' for timm's copy.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; eval/ in the run's folder or work_dirs/eval/MODEL without.")
+    ] = None,
+    num_classes: _NumClasses = None,
+    names: _Names = None,
+    img_size: _ImgSize = None,
+    test_size: _TestSize = False,
+    crop_pct: _CropPct = None,
+    crop_mode: _CropMode = None,
+    interpolation: _Interpolation = None,
+    batch_size: _BatchSize = 64,
+    workers: _Workers = _WORKERS,
+    device: _Device = None,
+    amp: _Amp = 'none',
+    on_error: _OnError = 'raise',
+) -> None:
+    """Accuracy on labelled images, with a table of the classes and a picture of the confusions; torchrun shares it."""
+    from zoo.train.evaluation import evaluate
+    from zoo.train.inference import run_folder
+
+    try:
+        folder = run_folder(model)
+        result = evaluate(
+            model,
+            data,
+            checkpoint=checkpoint,
+            split=split,
+            reader=reader,
+            class_map=class_map,
+            real_labels=real_labels,
+            out=out or (folder / 'eval' if folder else Path('work_dirs', 'eval', model)),
+            num_classes=num_classes,
+            names=names,
+            img_size=img_size,
+            test_size=test_size,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            interpolation=interpolation,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            amp=amp,
+            on_error=on_error,
+            progress=True,
+        )
+    except _failures() as error:
+        _fail(error)
+    table = Table(title=f'{model} on {data}', show_header=False)
+    among = f'among the {result.num_classes} classes of the data'
+    for name, value in result.metrics.items():
+        what = 'among all classes' if name.endswith('_of_all') else among
+        if name.startswith('real_'):
+            what = f'by the real labels of {result.real_images:,} images'
+        table.add_row(name, f'{value:.3f} %', what)
+    table.add_row('images', f'{result.images:,}', f'in {result.seconds:.1f} s; classes matched {result.matched}')
+    if result.not_numbers:
+        table.add_row(
+            '[bold red]not numbers', f'{result.not_numbers:,}', 'images whose logits are NaN, counted as wrong'
+        )
+    if result.broken:
+        table.add_row('[bold red]broken', f'{len(result.broken):,}', 'images that can not be read, which do not count')
+    for what, path in result.files.items():
+        table.add_row(what, '', str(path))
+    console.print(table)
+
+
+@app.command('predict')
+def predict_(
+    model: _Model,
+    images: _Images,
+    checkpoint: _Checkpoint = None,
+    k: Annotated[int, typer.Option('-k', help='Classes shown of each image.')] = 5,
+    csv: Annotated[Path | None, typer.Option(help='Write the predictions there: file, rank, class, ...')] = None,
+    jsonl: Annotated[Path | None, typer.Option(help='The same as JSON, a line an image.')] = None,
+    picture: Annotated[Path | None, typer.Option(help='Draw the first 100 images with their classes: a PNG.')] = None,
+    broken: Annotated[Path, typer.Option(help='List of the images that can not be read, if any.')] = Path(
+        'broken_images.txt'
+    ),
+    num_classes: _NumClasses = None,
+    names: _Names = None,
+    img_size: _ImgSize = None,
+    test_size: _TestSize = False,
+    crop_pct: _CropPct = None,
+    crop_mode: _CropMode = None,
+    interpolation: _Interpolation = None,
+    batch_size: _BatchSize = 64,
+    workers: _Workers = 0,
+    device: _Device = None,
+    amp: _Amp = 'none',
+    on_error: _OnError = 'skip',
+) -> None:
+    """The most probable classes of images."""
+    from zoo.train import prediction_files
+    from zoo.train.distributed import process_group
+    from zoo.train.inference import load_model, predict
+
+    try:
+        with process_group():
+            loaded = load_model(
+                model,
+                checkpoint,
+                num_classes=num_classes,
+                names=names,
+                img_size=img_size,
+                test_size=test_size,
+                crop_pct=crop_pct,
+                crop_mode=crop_mode,
+                interpolation=interpolation,
+                device=device,
+                amp=amp,
+            )
+            found = predict(loaded, images, k, batch_size=batch_size, workers=workers, on_error=on_error, progress=True)
+            if console.quiet:
+                return
+            for path, write in (
+                (csv, prediction_files.write_csv),
+                (jsonl, prediction_files.write_jsonl),
+                (picture, prediction_files.draw),
+                (broken if any(each.error for each in found) else None, prediction_files.write_unreadable),
+            ):
+                if path is not None:
+                    write(found, path)
+    except _failures() as error:
+        _fail(error)
+    table = Table(title=f'{model}; class names: {loaded.classes_from}')
+    for column, justify in (('file', 'left'), ('class', 'left'), ('index', 'right'), ('probability (%)', 'right')):
+        table.add_column(column, justify=justify)
+    for each in found:
+        if each.error is not None:
+            table.add_row(escape(each.name), f'[bold red]{escape(each.error)}', '', '')
+        for rank, (name, index, probability) in enumerate(
+            zip(each.classes, each.indices, each.probabilities, strict=True)
+        ):
+            file = '' if rank else escape(each.name)
+            table.add_row(
+                file, escape(name), str(index), f'{100 * probability:.2f}', end_section=rank == len(each.classes) - 1
+            )
+    console.print(table)
+    unreadable = sum(each.error is not None for each in found)
+    if unreadable:
+        console.print(f'[bold red]Images that can not be read: {unreadable} of {len(found)}[/]; see {broken}.')
+
+
+@app.command('features')
+def features_(
+    model: _Model,
+    images: _Images,
+    out: Annotated[Path, typer.Option(help='.npy, .parquet or .safetensors.')],
+    checkpoint: _Checkpoint = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="A level by number or name, averaged over its places; the classifier's input without."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option('--overwrite', help='Discard an earlier result.')] = False,
+    num_classes: _NumClasses = None,
+    img_size: _ImgSize = None,
+    test_size: _TestSize = False,
+    crop_pct: _CropPct = None,
+    crop_mode: _CropMode = None,
+    interpolation: _Interpolation = None,
+    batch_size: _BatchSize = 64,
+    part_size: Annotated[
+        int, typer.Option(help='Images between two writes, each of which a restart goes on from.')
+    ] = 4096,
+    workers: _Workers = _WORKERS,
+    device: _Device = None,
+    amp: _Amp = 'none',
+    on_error: _OnError = 'raise',
+) -> None:
+    """Features of images in one file; torchrun shares the work, and the same command again goes on after a kill."""
+    from zoo.train.features import extract_features
+
+    try:
+        result = extract_features(
+            model,
+            images,
+            out,
+            layer,
+            checkpoint=checkpoint,
+            overwrite=overwrite,
+            num_classes=num_classes,
+            img_size=img_size,
+            test_size=test_size,
+            crop_pct=crop_pct,
+            crop_mode=crop_mode,
+            interpolation=interpolation,
+            batch_size=batch_size,
+            part_size=part_size,
+            workers=workers,
+            device=device,
+            amp=amp,
+            on_error=on_error,
+            progress=True,
+        )
+    except _failures() as error:
+        _fail(error)
+    beside = f', names in {result.names}' if result.names else ''
+    console.print(f'{result.path}: {result.images:,} images x {result.channels} float32{beside}.', highlight=False)
+    if result.broken:
+        console.print(f'[bold red]Images that can not be read: {len(result.broken)}[/]; see {result.broken_list}.')
 
 
 @app.command()
@@ -173,6 +465,22 @@ def bench_kernels(context: typer.Context) -> None:
 def bench_models(context: typer.Context) -> None:
     """Models as multiples of resnet50: python -m benchmarks.models."""
     from zoo.benchmarks.models import main
+
+    main(context.args)
+
+
+@bench.command('loader', context_settings=_ANY_ARGUMENTS)
+def bench_loader(context: typer.Context) -> None:
+    """Loader, model and both, images a second: python -m benchmarks.loader."""
+    from zoo.benchmarks.loader import main
+
+    main(context.args)
+
+
+@bench.command('training', context_settings=_ANY_ARGUMENTS)
+def bench_training(context: typer.Context) -> None:
+    """The training loop beside a bare one: python -m benchmarks.training."""
+    from zoo.benchmarks.training import main
 
     main(context.args)
 

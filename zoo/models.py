@@ -37,7 +37,7 @@ def create_model(name: str, pretrained: bool = False, checkpoint: str | os.PathL
         kwargs = {**adopted.feature_arguments(name), **kwargs}
     if checkpoint is None:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    state_dict = unwrap(read_checkpoint(checkpoint))
+    state_dict = unwrap(read_checkpoint(checkpoint), name)
     name = adopted.resolve(name, state_dict)
     feature_args = {key: kwargs.pop(key) for key in ('features_only', 'out_indices', 'feature_cls') if key in kwargs}
     model, classes = _create_loaded(name, checkpoint, state_dict, kwargs)

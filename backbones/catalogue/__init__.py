@@ -4,8 +4,9 @@ FAMILY.json beside this file has the family's paper, code, licence, preprocessin
 (counted), `gmacs` (10^9 multiply-adds at its input size, as published) and `weights`, one entry a checkpoint, the
 default first: `tag`, `trained_on`, `top1` (% on ImageNet-1k validation), and where it is: `url` (direct link),
 `hf_hub_id`, or `page` (a link for a browser); `official` is the authors' file where the default is a conversion of it.
-Accuracy that was published without weights is `paper_top1`. A checkpoint made for another preprocessing, input size or
-number of classes says so in its entry, which goes before what variant and family say.
+Accuracy that was published without weights is `paper_top1`; `wrapper` is the key under which a variant's files have the
+weights, where it isn't one of those that all have. A checkpoint made for another preprocessing, input size or number of
+classes says so in its entry, which goes before what variant and family say.
 
 `origin`, of a family or of a variant, says whose the model is:
 - 'zoo': the zoo's, the default;
@@ -21,7 +22,17 @@ from pathlib import Path
 
 from timm.models import get_arch_pretrained_cfgs
 
-__all__ = ['ORIGINS', 'default_cfg', 'families', 'family_of', 'info', 'is_downloadable', 'origin_of', 'variant_names']
+__all__ = [
+    'ORIGINS',
+    'default_cfg',
+    'families',
+    'family_of',
+    'info',
+    'is_downloadable',
+    'origin_of',
+    'variant_names',
+    'wrappers',
+]
 
 ORIGINS = ('zoo', 'timm', 'timm, extended')
 PREPROCESSING = ('input_size', 'num_classes', 'mean', 'std', 'crop_pct', 'crop_mode', 'interpolation', 'license')
@@ -54,6 +65,13 @@ def origin_of(name: str) -> str:
     """One of ORIGINS. KeyError if the catalogue has no such variant."""
     family = families()[family_of(name)]
     return family['variants'][name].get('origin') or family.get('origin', 'zoo')
+
+
+def wrappers(name: str) -> tuple[str, ...]:
+    """Where the published files of variant `name` have the weights, if it isn't where all have them."""
+    name = name.partition('.')[0]
+    facts = families()[family_of(name)]['variants'][name] if name in _family_by_variant() else {}
+    return (facts['wrapper'],) if 'wrapper' in facts else ()
 
 
 def info(name: str) -> dict:

@@ -10,13 +10,19 @@ from torch import Tensor
 
 from .. import checks, flops
 from ..dispatch import Operator, Problem, Verdict, chosen, possible
-from . import reference, tiled, triton
+from . import fused, reference, tiled, triton
 
 __all__ = ['aggregated_attention', 'position_bias']
 
 NAME = 'aggregated_attention'
 OPERATOR = Operator(NAME)
 POSITION_BIAS = Operator('position_bias')
+
+
+def _judge_fused(problem: Problem) -> Verdict:
+    if problem.compiling and problem.device == 'cpu':
+        return chosen('torch.compile fuses all but the softmax, which is computed in strips that stay in cache')
+    return possible('made for torch.compile')
 
 
 def _judge_tiled(problem: Problem) -> Verdict:
@@ -36,17 +42,23 @@ def _products(query: tuple, pooled_key: tuple, window_size: int) -> int:
     return math.prod(query) * (2 * pooled_key[1] + 3 * window_size**2)
 
 
+def _products_of_pooled(scaled: tuple, pooled_key: tuple) -> int:
+    return 2 * math.prod(scaled) * pooled_key[2]
+
+
 def _products_of_bias(rows: tuple, columns: tuple, weight: tuple) -> int:
     return rows[0] * columns[0] * math.prod(weight)
 
 
 OPERATOR.register('triton', triton.aggregated_attention, triton.judge)
+OPERATOR.register('fused', fused.aggregated_attention, _judge_fused)
 OPERATOR.register('tiled', tiled.aggregated_attention, _judge_tiled)
 OPERATOR.register('reference', reference.aggregated_attention, _judge_reference)
 POSITION_BIAS.register('tiled', tiled.position_bias, _judge_chunks)
 POSITION_BIAS.register('reference', reference.position_bias, _judge_reference)
 for _operator in ('aggregated_attention', 'aggregated_attention_triton'):
     flops.register(_operator, _products)
+flops.register('joint_softmax', _products_of_pooled)
 flops.register('position_bias', _products_of_bias)
 
 

@@ -43,6 +43,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Te
     return scores.sub_(log_sum[..., None]).exp_() @ value, log_sum
 
 
+def check_indices(pooled_bias: Tensor, row_index: Tensor, column_index: Tensor) -> None:
+    """IndexError, on the CPU, for an index that is not in the table."""
+    indices = {'row_index': row_index, 'column_index': column_index}
+    for (name, index), size in zip(indices.items(), pooled_bias.shape[1:], strict=True):
+        if index.device.type == 'cpu' and index.numel() and not 0 <= index.min() <= index.max() < size:
+            found = f'{index.min()}..{index.max()}'
+            raise IndexError(f'aggregated_attention: {name} must be in 0..{size - 1}, got {found}')
+
+
 class _Problem:
     """The inputs of a call, of at least float32, and how it is cut."""
 
@@ -77,11 +86,7 @@ class _Problem:
         inside = (window(length, window_size, query.device)[1] for length in (self.height, self.width))
         self.length = log_length(*inside, self.pooled).to(dtype)[..., None, None]  # (H, W, 1, 1)
         self.temperature = temperature.to(dtype)[:, None]
-        indices = {'row_index': row_index, 'column_index': column_index}
-        for (name, index), size in zip(indices.items(), pooled_bias.shape[1:], strict=True):
-            if index.device.type == 'cpu' and index.numel() and not 0 <= index.min() <= index.max() < size:
-                found = f'{index.min()}..{index.max()}'
-                raise IndexError(f'aggregated_attention: {name} must be in 0..{size - 1}, got {found}')
+        check_indices(pooled_bias, row_index, column_index)
         self.row_index, self.column_index = row_index, column_index
         self.storage: dict[str, Tensor] = {}
         self.bias_rows: slice | None = None

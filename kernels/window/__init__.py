@@ -14,7 +14,7 @@ OPERATOR = Operator(NAME)
 
 
 def _judge_tiled(problem: Problem) -> Verdict:
-    return chosen('it computes windows in chunks that stay in cache, and keeps nothing for the backward')
+    return chosen('it computes windows in chunks that stay in cache, and keeps nothing larger than its inputs')
 
 
 def _judge_reference(problem: Problem) -> Verdict:

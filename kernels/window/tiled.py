@@ -2,8 +2,8 @@
 
 Along an axis there are classes of windows of one extent: whole ones, and those that the map's borders cut. The windows
 of a row class and a column class are dense problems of one size, without padding, of which as many as a cache holds are
-copied together and computed at a time. The backward recomputes the probabilities, so that nothing is kept but the
-inputs. README.md explains more.
+copied together and computed at a time. Of small windows the probabilities are kept for the backward; those of others it
+computes again, so that nothing is kept but the inputs. README.md explains more.
 """
 
 import math
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..dispatch import is_exporting
 
 CPU_CHUNK = 2**17  # numbers of one input, or scores, that are worked on at a time: 512 KiB of float32
 CHUNK = 2**26  # elsewhere, where calls must be few
@@ -30,7 +32,18 @@ def window_attention(
     offset: tuple[int, int],
 ) -> Tensor:
     """(batch, height, width, heads, head_dim) -> same, contiguous; key_mask (batch or 1, height, width)."""
-    return torch.ops.zoo.window_attention(query, key, value, bias, key_mask, window_size, dilation, scale, offset)
+    is_trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
+    keeps = is_trained and not is_exporting() and keeps_probabilities(query, window_size)
+    return forward(query, key, value, bias, key_mask, window_size, dilation, scale, offset, keeps)[0]
+
+
+def keeps_probabilities(query: Tensor, window_size: Sequence[int]) -> bool:
+    """Whether the backward is to have them: where they take no more memory than queries and keys do.
+
+    On the CPU alone, where it was measured (README.md).
+    """
+    bytes_of_probabilities = window_size[0] * window_size[1] * compute_dtype(query).itemsize
+    return query.device.type == 'cpu' and bytes_of_probabilities <= 2 * query.shape[-1] * query.dtype.itemsize
 
 
 @torch.library.custom_op('zoo::window_attention', mutates_args=())
@@ -44,33 +57,39 @@ def forward(
     dilation: Sequence[int],
     scale: float,
     offset: Sequence[int],
-) -> Tensor:
-    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    keeps: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the probabilities of all chunks where the backward is to have them, else without members."""
+    output, probabilities = empty_results(query, window_size, keeps)
+    kept = Kept(probabilities)
     with torch.autocast(query.device.type, enabled=False):
         for windows in classes(query, window_size, dilation, offset):
             q_map, k_map, v_map, o_map = (windows.view(x) for x in (query, key, value, output))
             table = windows.table(bias)
-            if key_mask is None:
+            if key_mask is None and not keeps:
                 for chunk in windows.chunks():
                     q, k, v = (windows.load_heads_last(x[chunk]) for x in (q_map, k_map, v_map))
                     mask = None if table is None else table[None]
                     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
                     windows.store_heads_last(o_map[chunk], o)
                 continue
-            is_key = windows.view_of_mask(key_mask)
+            is_key = None if key_mask is None else windows.view_of_mask(key_mask)
             for chunk in windows.chunks_of_heads():
                 q, k, v = (windows.load(x[chunk]) for x in (q_map, k_map, v_map))
                 o = torch.empty_like(q)
                 for rows in windows.strips():
-                    p = windows.probabilities(q, k, table, is_key, scale, chunk, rows)
+                    out = kept.take((len(q), q[:, rows].shape[1], windows.pixels)) if keeps else None
+                    p = windows.probabilities(q, k, table, is_key, scale, chunk, rows, out)
                     torch.bmm(p, v, out=o[:, rows])
                 windows.store(o_map[chunk], o)
-    return output
+    kept.rest.zero_()
+    return output, probabilities
 
 
 @torch.library.custom_op('zoo::window_attention_backward', mutates_args=())
 def backward(
     grad_output: Tensor,
+    probabilities: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -83,6 +102,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty where there is no bias."""
     grads = empty_gradients(query, bias)
+    kept = Kept(probabilities) if probabilities.numel() else None
     grad_bias = None if bias is None else torch.zeros_like(bias, dtype=compute_dtype(query))
     with torch.autocast(query.device.type, enabled=False):
         for windows in classes(query, window_size, dilation, offset):
@@ -97,7 +117,10 @@ def backward(
                 for i, rows in enumerate(windows.strips()):
                     keep = min(i, 1)  # the first strip finds nothing to add to
                     g_rows, q_rows, dq_rows = (x[:, rows] for x in (g, q, dq))
-                    p = windows.probabilities(q, k, table, is_key, scale, chunk, rows)
+                    if kept:
+                        p = kept.take((len(q), q_rows.shape[1], windows.pixels))
+                    else:
+                        p = windows.probabilities(q, k, table, is_key, scale, chunk, rows)
                     dv.baddbmm_(p.mT, g_rows, beta=keep)
                     dp = torch.bmm(g_rows, v.mT)
                     ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
@@ -116,8 +139,28 @@ def backward(
     return grads
 
 
+class Kept:
+    """Probabilities one after the other, in the order in which chunks and strips are computed."""
+
+    def __init__(self, probabilities: Tensor):
+        self.rest = probabilities
+
+    def take(self, shape: Sequence[int]) -> Tensor:
+        size = math.prod(shape)
+        first, self.rest = self.rest[:size], self.rest[size:]
+        return first.view(shape)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def empty_results(query: Tensor, window_size: Sequence[int], keeps: bool) -> tuple[Tensor, Tensor]:
+    """The output, and storage of the probabilities: there are fewer of windows that a border cuts."""
+    batch, height, width, heads, _ = query.shape
+    size = batch * height * width * heads * window_size[0] * window_size[1] if keeps else 0
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return output, torch.empty(size, dtype=compute_dtype(query), device=query.device)
 
 
 def empty_gradients(query: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -256,6 +299,7 @@ class Windows:
         scale: float,
         chunk: tuple[slice, ...],
         rows: slice,
+        out: Tensor | None = None,
     ) -> Tensor:
         """(windows and heads, queries of a strip, keys) of a chunk; zeros where there are no keys."""
         q = q[:, rows]
@@ -265,10 +309,10 @@ class Windows:
             scores.view(-1, *table.shape).copy_(table)
         scores.baddbmm_(q, k.mT, beta=0 if table is None else 1, alpha=scale)
         if is_key is None:
-            return torch.softmax(scores, -1)
+            return torch.softmax(scores, -1, out=out)
         is_no_key = ~is_key[chunk].reshape(-1, 1, self.pixels)
         scores.masked_fill_(is_no_key, torch.finfo(scores.dtype).min)
-        return torch.softmax(scores, -1).masked_fill_(is_no_key, 0)
+        return torch.softmax(scores, -1, out=out).masked_fill_(is_no_key, 0)
 
 
 def boxes(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
@@ -290,26 +334,28 @@ def heads_of(chunk: tuple[slice, ...]) -> slice:
 
 
 @forward.register_fake
-def _(query, key, value, bias, key_mask, window_size, dilation, scale, offset):
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+def _(query, key, value, bias, key_mask, window_size, dilation, scale, offset, keeps):
+    return empty_results(query, window_size, keeps)
 
 
 @backward.register_fake
-def _(grad_output, query, key, value, bias, key_mask, window_size, dilation, scale, offset):
+def _(grad_output, probabilities, query, key, value, bias, key_mask, window_size, dilation, scale, offset):
     return empty_gradients(query, bias)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.window_size, ctx.dilation, ctx.scale, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.window_size, ctx.dilation, ctx.scale, ctx.offset, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx, grad_output, _):
     tensors = ctx.saved_tensors  # read once, as checkpointing demands
     arguments = ctx.window_size, ctx.dilation, ctx.scale, ctx.offset
-    *grads, grad_bias = torch.ops.zoo.window_attention_backward(grad_output, *tensors, *arguments)
-    has_bias = tensors[3] is not None
-    return *grads, grad_bias if has_bias else None, None, None, None, None, None
+    *grads, grad_bias = backward(grad_output, *tensors, *arguments)
+    has_bias = tensors[4] is not None
+    return *grads, grad_bias if has_bias else None, None, None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup_context)

@@ -7,13 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from zoo.kernels import aggregated_attention, explain
-from zoo.kernels.aggregated import position_bias, tiled
+from zoo.kernels.aggregated import fused, position_bias, tiled
 
 from .harness import TOLERANCE, assert_close, assert_equal_functions, output_and_gradients, packed, random
 
 DTYPES = list(TOLERANCE)
 MAPS = ('query', 'key', 'value')
 POOLED = ('pooled_key', 'pooled_value')
+FAST = {'tiled': tiled, 'fused': fused}
 
 
 def indices(height, width, pooled=(2, 2)):
@@ -54,8 +55,9 @@ def attention(size, pooled=(2, 2), window_size=3, implementation=None):
 
 def assert_exact(tensors, pooled=(2, 2), window_size=3, **kwargs):
     size = tensors['query'].shape[1:3]
-    candidate, reference = (attention(size, pooled, window_size, name) for name in ('tiled', 'reference'))
-    assert_equal_functions(candidate, reference, tensors, **kwargs)
+    reference = attention(size, pooled, window_size, 'reference')
+    for name in FAST:
+        assert_equal_functions(attention(size, pooled, window_size, name), reference, tensors, **kwargs)
 
 
 def test_the_definition_is_one_softmax_over_window_and_pooled_keys_plus_learnable_weights():
@@ -94,13 +96,14 @@ def test_the_definition_is_one_softmax_over_window_and_pooled_keys_plus_learnabl
         ((1, 6, 5, 2, 24), (2, 2), 1),
     ],
 )
-def test_tiled_equals_the_definition(shape, pooled, window_size, dtype):
+def test_fast_implementations_equal_the_definition(shape, pooled, window_size, dtype):
     assert_exact(inputs(*shape, pooled, window_size, dtype), pooled, window_size)
 
 
 @pytest.mark.parametrize('limit', [1, 700, 1300, 3000, 8000, 20000])
 def test_chunks_change_nothing(limit, monkeypatch):
-    monkeypatch.setattr(tiled, 'CPU_CHUNK', limit)
+    for module in FAST.values():
+        monkeypatch.setattr(module, 'CPU_CHUNK', limit)
     assert_exact(inputs(3, 13, 10, 2, 24))
 
 
@@ -112,7 +115,8 @@ def test_what_lies_outside_is_no_key_and_has_no_value():
     tensors['learnable_tokens'] = torch.zeros_like(tensors['learnable_tokens'])
     inside = torch.tensor([[4, 6, 4], [6, 9, 6], [4, 6, 4]]).double()
     expected = (1 + inside)[None, :, :, None, None].expand(1, 3, 3, 1, 8)
-    assert_close(attention((3, 3))(**tensors), expected)
+    for name in FAST:
+        assert_close(attention((3, 3), implementation=name)(**tensors), expected)
 
 
 def test_a_pixel_of_zeros_is_normalised_to_zeros():
@@ -120,7 +124,8 @@ def test_a_pixel_of_zeros_is_normalised_to_zeros():
     for name in ('query', 'key', 'pooled_key'):
         tensors[name] = tensors[name].clone()
         tensors[name][:, 1] = 0
-    assert attention((4, 4))(**tensors).isfinite().all()
+    for name in FAST:
+        assert attention((4, 4), implementation=name)(**tensors).isfinite().all()
     assert_exact(tensors, needs=['value', 'query_embedding', 'pooled_bias'])  # others divide by the least norm
 
 
@@ -143,7 +148,8 @@ def test_transposed_inputs_and_a_contiguous_output():
     for name in ('pooled_bias', 'learnable_tokens'):
         tensors[name] = tensors[name].mT.contiguous().mT
     assert_exact(tensors)
-    assert attention((9, 6))(**tensors).is_contiguous()
+    for name in FAST:
+        assert attention((9, 6), implementation=name)(**tensors).is_contiguous()
 
 
 def test_inputs_are_left_as_they_are():
@@ -159,14 +165,15 @@ def test_an_image_is_the_same_alone_and_in_a_batch():
     assert_close(attention((9, 10))(**tensors)[1:2], attention((9, 10))(**alone))
 
 
-def test_the_empty_batch():
-    output, gradients = output_and_gradients(attention((6, 5)), inputs(0, 6, 5, 2, 8))
+@pytest.mark.parametrize('implementation', FAST)
+def test_the_empty_batch(implementation):
+    output, gradients = output_and_gradients(attention((6, 5), implementation=implementation), inputs(0, 6, 5, 2, 8))
     assert output.shape == (0, 6, 5, 2, 8)
     assert gradients['query'].shape == output.shape
     assert gradients['pooled_bias'].eq(0).all()
 
 
-@pytest.mark.parametrize('implementation', ['tiled', 'reference'])
+@pytest.mark.parametrize('implementation', [*FAST, 'reference'])
 def test_meta_tensors_give_shapes(implementation):
     tensors = {name: x.to('meta') for name, x in inputs(2, 7, 9, 2, 16, dtype=torch.float16).items()}
     row_index, column_index = (x.to('meta') for x in indices(7, 9))
@@ -178,11 +185,16 @@ def test_the_operators_are_registered_well():
     tensors = {name: x.detach().requires_grad_() for name, x in inputs(2, 5, 6, 2, 8).items()}
     *first, tokens, bias = tensors.values()
     torch.library.opcheck(torch.ops.zoo.aggregated_attention.default, (*first, *indices(5, 6), tokens, bias, 3))
+    shapes = (2, 3, 5, 6, 8), (2, 3, 5, 6, 9), (2, 3, 4, 8), (2, 3, 4, 8), (3, 13, 15)
+    floating = (random(*shape).requires_grad_() for shape in shapes)
+    torch.library.opcheck(torch.ops.zoo.joint_softmax.default, (*floating, *indices(5, 6)))
     rows, columns, weight, bias = (x.requires_grad_() for x in mlp())
     torch.library.opcheck(torch.ops.zoo.position_bias.default, (rows, columns, weight, bias))
 
 
-@pytest.mark.parametrize(('implementation', 'dynamic'), [('tiled', True), ('reference', False)])
+@pytest.mark.parametrize(
+    ('implementation', 'dynamic'), [('tiled', True), ('fused', True), ('fused', False), ('reference', False)]
+)
 def test_compiled_graphs_are_whole_and_exact(implementation, dynamic):
     attend = attention((7, 9), implementation=implementation)
     torch._dynamo.reset()
@@ -217,7 +229,7 @@ def test_exported_programs_take_other_sizes(strict):
     assert_close(program.module()(x), Caller()(x))
 
 
-@pytest.mark.parametrize('implementation', ['tiled', 'reference'])
+@pytest.mark.parametrize('implementation', [*FAST, 'reference'])
 def test_autocast_casts_once_and_computes_in_float32(implementation):
     tensors = inputs(2, 7, 9, 2, 16, dtype=torch.float32)
     attend = attention((7, 9), implementation=implementation)
@@ -271,17 +283,29 @@ def test_wrong_arguments_are_named(change, error, message):
         aggregated_attention(**{**right, **change})
 
 
-def test_places_outside_of_the_table_are_refused():
-    row_index, column_index = indices(6, 6)
+@pytest.mark.parametrize('implementation', FAST)
+def test_places_outside_of_the_table_are_refused(implementation):
+    tensors, (row_index, column_index) = inputs(1, 6, 6, 1, 8), indices(6, 6)
+    others = dict(row_index=row_index + 99, column_index=column_index, implementation=implementation)
     with pytest.raises(IndexError, match=r'row_index must be in 0\.\.14, got 99\.\.'):
-        aggregated_attention(**inputs(1, 6, 6, 1, 8), row_index=row_index + 99, column_index=column_index)
+        aggregated_attention(**tensors, **others)
 
 
-@pytest.mark.parametrize('operator', ['aggregated_attention', 'position_bias'])
-@pytest.mark.parametrize('situation', [{}, {'compiling': True}, {'exporting': True}])
-def test_dispatch_takes_tiled_and_says_why(operator, situation):
+@pytest.mark.parametrize(
+    ('operator', 'situation', 'implementation'),
+    [
+        ('aggregated_attention', {}, 'tiled'),
+        ('aggregated_attention', {'compiling': True}, 'fused'),
+        ('aggregated_attention', {'compiling': True, 'device': 'meta'}, 'tiled'),
+        ('aggregated_attention', {'exporting': True}, 'tiled'),
+        ('position_bias', {}, 'tiled'),
+        ('position_bias', {'compiling': True}, 'tiled'),
+        ('position_bias', {'exporting': True}, 'tiled'),
+    ],
+)
+def test_dispatch_takes_what_suits_the_mode_and_says_why(operator, situation, implementation):
     explanation = explain(operator, **situation)
-    assert explanation.implementation == 'tiled'
+    assert explanation.implementation == implementation
     assert explanation.reason
 
 

@@ -242,11 +242,12 @@ def test_meta_tensors_give_shapes(implementation):
 
 @pytest.mark.parametrize('has_bias', [True, False])
 @pytest.mark.parametrize('has_mask', [True, False])
-def test_the_operator_is_registered_well(has_bias, has_mask):
+@pytest.mark.parametrize('keeps', [True, False])
+def test_the_operator_is_registered_well(has_bias, has_mask, keeps):
     query, key, value, bias = (x.detach().requires_grad_() for x in inputs(2, 7, 9, 2, 8, window_size=3).values())
     key_mask = keys(7, 9)[None] if has_mask else None
     for dilation, offset in (((1, 2), (0, 0)), ((1, 1), (1, 2))):
-        arguments = query, key, value, bias if has_bias else None, key_mask, (3, 3), dilation, 0.3, offset
+        arguments = query, key, value, bias if has_bias else None, key_mask, (3, 3), dilation, 0.3, offset, keeps
         torch.library.opcheck(torch.ops.zoo.window_attention.default, arguments)
 
 
@@ -339,3 +340,24 @@ def test_dispatch_takes_tiled_and_says_why(situation):
     explanation = explain('window_attention', **situation)
     assert explanation.implementation == 'tiled'
     assert explanation.reason
+
+
+@pytest.mark.parametrize(
+    ('window_size', 'dtype', 'is_trained', 'keeps'),
+    [
+        (4, torch.float32, True, True),
+        (4, torch.float32, False, False),
+        (5, torch.float32, True, False),
+        (2, torch.bfloat16, True, True),
+        (3, torch.bfloat16, True, False),
+    ],
+)
+def test_probabilities_are_kept_where_they_are_trained_and_no_larger_than_queries_and_keys(
+    window_size, dtype, is_trained, keeps
+):
+    query, key, value, bias = inputs(1, 9, 9, 2, 8, window_size=window_size).values()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        qkv = (x.detach().to(dtype).requires_grad_(is_trained) for x in (query, key, value))
+        window_attention(*qkv, window_size, bias=bias.detach())
+    assert any(x.ndim == 1 and x.numel() == 81 * 2 * window_size**2 for x in kept) == keeps

@@ -42,7 +42,7 @@ def equal(a, b):
 
 def test_training_learns_and_leaves_what_it_says(tiny, tmp_path):
     options = {**tiny, 'train_cfg.max_epochs': 4, 'optim_wrapper.optimizer.lr': 0.01, 'default_hooks.curve.interval': 4}
-    result = train(CONFIG, tmp_path, cfg_options=options)
+    result = train(CONFIG, tmp_path, cfg_options=options, preflight=False)
     losses = [record['loss'] for record in read_curve(result.curve) if 'loss' in record]
     assert len(losses) == 8  # of 32 iterations
     assert losses[-1] < 0.5 * losses[0]
@@ -70,7 +70,7 @@ def test_training_learns_and_leaves_what_it_says(tiny, tmp_path):
     ('stop', 'options'),
     [
         (13, {}),  # in the second epoch, past checkpoints at 5 and 10
-        (9, {'custom_hooks': [{'type': 'EMAHook', 'momentum': 0.1}], 'train_dataloader.num_workers': 2}),
+        (9, {'custom_hooks': [{'type': 'EMA', 'decay': 0.9}], 'train_dataloader.num_workers': 2}),
         (8, {'optim_wrapper.type': 'AutocastOptimWrapper', 'model.mixup': {'mixup_alpha': 0.8, 'cutmix_alpha': 1.0}}),
     ],
     ids=['plain', 'average and workers', 'autocast and mixup'],
@@ -79,11 +79,11 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny, tmp_path, stop, options):
     options = {**tiny, 'default_hooks.checkpoint.interval_iters': 4 if stop == 8 else 5, **options}
     if 'model.mixup' in options:
         options['train_dataloader.batch_size'] = 6  # mixup pairs the images of a batch
-    whole = train(CONFIG, tmp_path / 'whole', cfg_options=options)
+    whole = train(CONFIG, tmp_path / 'whole', cfg_options=options, preflight=False)
     hooks = [*options.get('custom_hooks', ()), {'type': 'StopAt', 'iteration': stop}]
     with pytest.raises(Interrupted):
-        train(CONFIG, tmp_path / 'parts', cfg_options={**options, 'custom_hooks': hooks})
-    resumed = train(CONFIG, tmp_path / 'parts', resume=True, cfg_options=options)
+        train(CONFIG, tmp_path / 'parts', cfg_options={**options, 'custom_hooks': hooks}, preflight=False)
+    resumed = train(CONFIG, tmp_path / 'parts', resume=True, cfg_options=options, preflight=False)
     a, b = checkpoints.load(whole.checkpoint), checkpoints.load(resumed.checkpoint)
     for meta in (a.pop('meta'), b.pop('meta')):
         meta.pop('cfg')  # has the folder's name
@@ -95,12 +95,27 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny, tmp_path, stop, options):
 
 
 def test_resuming_a_finished_run_gives_its_result(tiny, tmp_path):
-    first = train(CONFIG, tmp_path, cfg_options=tiny)
+    first = train(CONFIG, tmp_path, cfg_options=tiny, preflight=False)
     weights = first.weights.read_bytes()
-    assert train(CONFIG, tmp_path, resume=True, cfg_options=tiny) == first
+    assert train(CONFIG, tmp_path, resume=True, cfg_options=tiny, preflight=False) == first
     assert first.weights.read_bytes() == weights
     with pytest.raises(FileExistsError, match='another run'):
-        train(CONFIG, tmp_path, cfg_options=tiny)
+        train(CONFIG, tmp_path, cfg_options=tiny, preflight=False)
+
+
+@HOOKS.register_module()
+class EndAfter(Hook):
+    """Stand-in for mmengine's EarlyStoppingHook."""
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        runner.train_loop.stop_training = batch_idx == 2
+
+
+def test_a_run_that_a_hook_ends_early_leaves_its_last_checkpoint(tiny, tmp_path):
+    options = {**tiny, 'train_dataloader.batch_size': 20, 'custom_hooks': [{'type': 'EndAfter'}]}
+    result = train(CONFIG, tmp_path, cfg_options=options, preflight=False)
+    assert result.checkpoint.name == 'iter_3.pth'
+    assert checkpoints.load(result.checkpoint)['meta']['iter'] == 3
 
 
 def test_a_record_cut_short_by_a_kill_is_left_out(tmp_path):

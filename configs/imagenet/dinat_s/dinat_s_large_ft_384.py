@@ -1,0 +1,23 @@
+"""DiNAT_s-Large of ImageNet-22k fine-tuned on ImageNet-1k at 384 pixels: 87.4 % top-1 published.
+
+zoo train imagenet/dinat_s/dinat_s_large_ft_384
+
+Values: configs/dinat_s_large_384.yml, dinats.py:427. Accuracy: DiNAT.md, which links the ImageNet-22k weights.
+The dilations of this size are in no source read here, and left as they are at 224 pixels.
+"""
+
+_base_ = '../nat/_ft.py'
+
+model = dict(
+    backbone=dict(
+        name='dinat_s_large',
+        checkpoint='checkpoints/dinat_s_large_in22k_224.pth',
+        num_classes=1000,
+    )
+)
+train_dataloader = dict(dataset=dict(transform=dict(input_size=384)))
+val_dataloader = dict(dataset=dict(transform=dict(input_size=384, crop_pct=1.0)))
+optim_wrapper = dict(optimizer=dict(weight_decay=1e-05))
+recipe = dict(
+    top1=87.4, image_size=384, crop_pct=1.0, weight_decay=1e-05, unknown=('total_batch', 'model.backbone.dilations')
+)

@@ -1,0 +1,11 @@
+"""TransNeXt-Small fine-tuned on ImageNet-1k at 384 pixels: 86.0 % top-1 published.
+
+zoo train imagenet/transnext/transnext_small_ft_384
+
+Drop path: configs/finetune/transnext_small_384_ft.py. Accuracy: README.md. It begins from the published weights.
+"""
+
+_base_ = './_ft_384.py'
+
+model = dict(backbone=dict(name='transnext_small.in1k', drop_path_rate=0.7))
+recipe = dict(drop_path=0.7, top1=86.0)

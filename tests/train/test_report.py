@@ -75,10 +75,17 @@ def sections(index):
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+def rows(text):
+    """The rows of the first markdown table: {column: cell}."""
+    cells = [
+        [cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('|')
+    ]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
 def table(text):
-    """The rows of the first markdown table, by the first cell."""
-    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('|')]
-    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    """The same, by the first cell."""
+    return {next(iter(row.values())): row for row in rows(text)}
 
 
 def test_the_report_of_a_resumed_run_counts_all_of_its_starts(runs):
@@ -92,7 +99,7 @@ def test_the_report_of_a_resumed_run_counts_all_of_its_starts(runs):
     status = next(iter(found.values()))
     assert 'Trained to the end: 2 of 2 epochs (16 iterations of 7 images)' in status
     assert '2 starts, at least 2 iterations done twice' in status  # the line of 12 was the last before the kill
-    starts = list(table(found['Starts']).values())
+    starts = rows(found['Starts'])  # whose times may be the same
     assert [(row['from iteration'], row['to']) for row in starts] == [('0', '12'), ('10', '16')]
     assert [row['end'] for row in starts] == ['stopped, or still running', 'trained to the end']
 

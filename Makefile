@@ -49,6 +49,8 @@ bench: $(VENV)/.test
 	$(RUN) -m benchmarks.models swin_tiny_patch4_window7_224 swin_tiny_patch4_window7_224:accelerated \
 		maxvit_tiny_tf_224 maxvit_tiny_tf_224:accelerated maxvit_tiny_rw_224 maxvit_tiny_rw_224:accelerated
 	$(RUN) -m benchmarks.models swinv2_tiny_window8_256 swinv2_tiny_window8_256:accelerated --size 256
+	$(RUN) -m benchmarks.training
+	$(RUN) -m benchmarks.loader --model vit_tiny_patch16_224 --workers 0 1 2 --json benchmarks/results/loader.json
 	$(RUN) -m benchmarks.report --write
 
 clean:

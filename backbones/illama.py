@@ -21,6 +21,10 @@ __all__ = ['ILLaMA', 'checkpoint_filter_fn']
 
 NORM_EPS = 1e-6
 GLU_MULTIPLE = 256  # of the width of the perceptrons, as in LLaMA
+BASE_ARGUMENTS = {
+    *('img_size', 'patch_size', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'pos_drop_rate'),
+    *('dynamic_img_size', 'dynamic_img_pad', 'device', 'dtype'),
+}
 BASE = 10000  # of the wavelengths of the rotary positions
 
 
@@ -96,6 +100,9 @@ class ILLaMA(Columnar):
     official_keys = [(r'\.mlp\.fc1\.', '.mlp.fc1_g.'), (r'\.mlp\.fc3\.', '.mlp.fc1_x.')]
 
     def __init__(self, embed_dim: int = 192, depth: int = 12, num_heads: int = 3, drop_path_rate: float = 0.0, **base):
+        unknown = sorted(set(base) - BASE_ARGUMENTS)  # ViT hands its others to the blocks, which have no use for them
+        if unknown:
+            raise TypeError(f'ILLaMA does not take {", ".join(unknown)}. It takes {", ".join(sorted(BASE_ARGUMENTS))}.')
         super().__init__(
             embed_dim=embed_dim,
             depth=depth,

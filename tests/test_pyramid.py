@@ -150,3 +150,8 @@ def test_a_name_that_timm_has_stays_timms(monkeypatch):
     finally:
         module.default_cfgs = cfgs
         del module.resnet18
+
+
+def test_arguments_of_a_vit_that_a_decoder_has_no_use_for_are_refused():
+    with pytest.raises(TypeError, match='does not take mlp_ratio, qk_norm'):
+        tiny('illama_tiny', mlp_ratio=2, qk_norm=True)

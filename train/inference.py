@@ -29,6 +29,7 @@ from .config import config_names, load_config
 from .data import build_transform
 from .distributed import process_group
 from .images import ImageError, ImageFile, find_images
+from .tasks import stored_classes
 
 __all__ = [
     'Batch',
@@ -227,7 +228,7 @@ def _named(name: str, checkpoint: Path | str | None, num_classes: int | None, cl
             raise ValueError(f'{name} has no pretrained weights to download; give a checkpoint.')
         return zoo.create_model(name, pretrained=True)
     state_dict = rename(unwrap(read_checkpoint(checkpoint), name), adopted.official_keys(name))
-    found = _classes_of(state_dict, timm.get_pretrained_cfg(name)) if num_classes is None else num_classes
+    found = stored_classes(state_dict, name) if num_classes is None else num_classes
     try:
         model = zoo.create_model(name, checkpoint=checkpoint, **({} if found is None else {'num_classes': found}))
     except zoo.CheckpointError:
@@ -239,14 +240,6 @@ def _named(name: str, checkpoint: Path | str | None, num_classes: int | None, cl
             f'{checkpoint} has no classifier of {model.num_classes} classes for {name}, which would predict at random.'
         )
     return model
-
-
-def _classes_of(state_dict, cfg) -> int | None:
-    """Number of classes of a state dict, if its classifier has the name that the cfg gives."""
-    classifier = cfg.classifier if cfg else None
-    classifier = classifier if isinstance(classifier, str) else next(iter(classifier or ()), None)
-    weight = state_dict.get(f'{classifier}.weight')
-    return None if weight is None else weight.shape[0]
 
 
 def _has_classifier_of(model: nn.Module, state_dict) -> bool:

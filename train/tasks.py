@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import timm
@@ -21,7 +21,7 @@ from zoo.models import read_checkpoint
 from .distillation import Teacher, distillation_loss
 from .registry import FUNCTIONS, MODELS
 
-__all__ = ['ImageClassifier', 'create_backbone']
+__all__ = ['ImageClassifier', 'create_backbone', 'stored_classes']
 
 logger = logging.getLogger(__name__)
 FUNCTIONS.register_module(module=F.cross_entropy)
@@ -77,14 +77,20 @@ def create_backbone(name: str, checkpoint: str | None = None, **kwargs) -> nn.Mo
         raise ValueError(f'{name} could not be made with {kwargs}: {error}') from error
 
 
-def _load(name: str, checkpoint: str, kwargs: dict) -> nn.Module:
-    kwargs = {key: value for key, value in kwargs.items() if key != 'pretrained'}
-    state_dict = unwrap(read_checkpoint(checkpoint), name)
+def stored_classes(state_dict: Mapping[str, Tensor], name: str) -> int | None:
+    """Number of classes of a state dict of model `name`, or None if it has no classifier of a known name."""
     facts = timm.get_pretrained_cfg(name, allow_unregistered=False)
     classifiers = facts.classifier if facts and facts.classifier else ()
     classifiers = {classifiers} if isinstance(classifiers, str) else {*classifiers}
     weights = (state_dict.get(f'{layer}.weight') for layer in (*sorted(classifiers), 'head'))  # as the authors name it
-    stored = next((len(weight) for weight in weights if weight is not None), None)
+    return next((len(weight) for weight in weights if weight is not None), None)
+
+
+def _load(name: str, checkpoint: str, kwargs: dict) -> nn.Module:
+    kwargs = {key: value for key, value in kwargs.items() if key != 'pretrained'}
+    state_dict = unwrap(read_checkpoint(checkpoint), name)
+    facts = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    stored = stored_classes(state_dict, name)
     wanted = kwargs.pop('num_classes', stored or (facts.num_classes if facts else 1000))
     stored = stored or wanted
     model = zoo.create_model(name, checkpoint=checkpoint, num_classes=stored, **kwargs)

@@ -1,5 +1,6 @@
 """The command line `zoo`: the words of the Python interface, with tables. Commands import what they need on use."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -450,47 +451,21 @@ def check(
         raise typer.Exit(1)
 
 
-_ANY_ARGUMENTS = {'allow_extra_args': True, 'ignore_unknown_options': True, 'help_option_names': []}
+def _bench(name: str, about: str) -> None:
+    """A command that hands its arguments to the benchmark of its name."""
+
+    def run(context: typer.Context) -> None:
+        importlib.import_module(f'zoo.benchmarks.{name}').main(context.args)
+
+    any_arguments = {'allow_extra_args': True, 'ignore_unknown_options': True, 'help_option_names': []}
+    bench.command(name, help=f'{about}: python -m benchmarks.{name}.', context_settings=any_arguments)(run)
 
 
-@bench.command('kernels', context_settings=_ANY_ARGUMENTS)
-def bench_kernels(context: typer.Context) -> None:
-    """The operators against what else there is: python -m benchmarks.kernels."""
-    from zoo.benchmarks.kernels import main
-
-    main(context.args)
-
-
-@bench.command('models', context_settings=_ANY_ARGUMENTS)
-def bench_models(context: typer.Context) -> None:
-    """Models as multiples of resnet50: python -m benchmarks.models."""
-    from zoo.benchmarks.models import main
-
-    main(context.args)
-
-
-@bench.command('loader', context_settings=_ANY_ARGUMENTS)
-def bench_loader(context: typer.Context) -> None:
-    """Loader, model and both, images a second: python -m benchmarks.loader."""
-    from zoo.benchmarks.loader import main
-
-    main(context.args)
-
-
-@bench.command('training', context_settings=_ANY_ARGUMENTS)
-def bench_training(context: typer.Context) -> None:
-    """The training loop beside a bare one: python -m benchmarks.training."""
-    from zoo.benchmarks.training import main
-
-    main(context.args)
-
-
-@bench.command('report', context_settings=_ANY_ARGUMENTS)
-def bench_report(context: typer.Context) -> None:
-    """All recorded results as tables: python -m benchmarks.report."""
-    from zoo.benchmarks.report import main
-
-    main(context.args)
+_bench('kernels', 'The operators against what else there is')
+_bench('models', 'Models as multiples of resnet50')
+_bench('loader', 'Loader, model and both, images a second')
+_bench('training', 'The training loop beside a bare one')
+_bench('report', 'All recorded results as tables')
 
 
 @app.command()

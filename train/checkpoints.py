@@ -16,7 +16,7 @@ __all__ = [
     'CheckpointWriteError',
     'clean',
     'damage',
-    'export_backbone',
+    'export_weights',
     'latest',
     'load',
     'newest_whole',
@@ -156,14 +156,15 @@ def clean(folder: Path | str) -> None:
             path.unlink(missing_ok=True)
 
 
-def export_backbone(checkpoint: Path | str, path: Path | str) -> None:
-    """Write the backbone's weights as safetensors that `timm.create_model(name, checkpoint_path=path)` loads.
+def export_weights(checkpoint: Path | str, path: Path | str, prefix: str = BACKBONE) -> None:
+    """Write a checkpoint's weights as safetensors: those whose names begin with `prefix`, without it.
 
-    Averaged weights, if the run kept an average: that is what the checkpoint has under `state_dict`.
+    A classifier's backbone is loaded by `timm.create_model(name, checkpoint_path=path)`. Averaged weights, if the run
+    kept an average: that is what the checkpoint has under `state_dict`.
     """
     weights = {
-        key.removeprefix(BACKBONE): value.contiguous()
+        key.removeprefix(prefix): value.contiguous()
         for key, value in load(checkpoint)['state_dict'].items()
-        if key.startswith(BACKBONE)
+        if key.startswith(prefix)
     }
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata={'format': 'pt'}))

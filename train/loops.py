@@ -1,4 +1,6 @@
-"""The training loop: counted in epochs, exact to the iteration."""
+"""The training loop: counted in epochs or optimizer steps, exact to the iteration."""
+
+import math
 
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop
@@ -13,7 +15,7 @@ __all__ = ['TrainLoop']
 
 @LOOPS.register_module()
 class TrainLoop(BaseLoop):
-    """Train for a number of epochs and validate every few, on a dataloader whose sampler is a ShuffledStream.
+    """Train for a number of epochs or steps and validate every few, on a dataloader with a ShuffledStream as sampler.
 
     A resumed run sets the sampler to its position instead of reading all past batches again, and repeats a
     validation that was due at the checkpoint, as the checkpoint was written before it. To hooks, the whole training
@@ -24,17 +26,28 @@ class TrainLoop(BaseLoop):
 
     Args:
         max_epochs: how long to train.
-        val_interval: epochs from one validation to the next; the last epoch is always validated.
+        max_steps: the same in optimizer steps, instead: however many batches are accumulated for one.
+        val_interval: epochs, or steps with max_steps, from one validation to the next; the end is always validated.
+
+    Raises:
+        ValueError: neither or both of max_epochs and max_steps are given, or the data doesn't fill a batch.
     """
 
-    def __init__(self, runner, dataloader, max_epochs: int, val_interval: int = 1):
+    def __init__(
+        self, runner, dataloader, max_epochs: int | None = None, val_interval: int = 1, max_steps: int | None = None
+    ):
+        if (max_epochs is None) == (max_steps is None):
+            raise ValueError(f'Give one of max_epochs and max_steps, got {max_epochs} and {max_steps}.')
         super().__init__(runner, runner.build_dataloader(dataloader, seed=runner.seed))
         self.epoch_length = len(self.dataloader)
         if not self.epoch_length:
             raise ValueError(f'{len(self.dataloader.dataset)} training images do not fill a batch on every process.')
-        self.max_epochs = max_epochs
-        self.max_iters = max_epochs * self.epoch_length
-        self.val_interval = val_interval * self.epoch_length
+        # The optimizer's wrapper isn't built yet.
+        accumulated = runner.cfg.optim_wrapper.get('accumulative_counts', 1)
+        unit = self.epoch_length if max_steps is None else accumulated
+        self.max_iters = (max_epochs or max_steps) * unit
+        self.max_epochs = math.ceil(self.max_iters / self.epoch_length)
+        self.val_interval = val_interval * unit
         self.stop_training = False  # set by mmengine's EarlyStoppingHook
         self.is_stopping = False  # a signal has asked for it
         self._iter = 0  # set, as _epoch is, by the runner's resume

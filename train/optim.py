@@ -7,6 +7,7 @@ import mmengine.optim
 import timm.optim
 import torch
 from mmengine.model import is_model_wrapper
+from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
@@ -14,7 +15,14 @@ from torch.distributed.tensor import DTensor
 
 from .registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 
-__all__ = ['AutocastOptimWrapper', 'OptimWrapper', 'TimmParamGroups', 'param_groups']
+__all__ = [
+    'AutocastOptimWrapper',
+    'DenseParamGroups',
+    'OptimWrapper',
+    'TimmParamGroups',
+    'dense_param_groups',
+    'param_groups',
+]
 
 OPTIMIZERS.register_module(module=timm.optim.Lamb)
 CLIP = {
@@ -88,6 +96,55 @@ def param_groups(
     return result
 
 
+def dense_param_groups(
+    task: nn.Module,
+    lr: float,
+    weight_decay: float = 0.0,
+    no_decay: tuple[str, ...] = (),
+    layer_decay: float | None = None,
+    backbone_lr: float = 1.0,
+) -> list[dict]:
+    """Groups with learning rate and weight decay of a detector's or segmentor's trainable parameters.
+
+    As in mmdetection's and mmsegmentation's configs, everything is decayed, biases too, but what `no_decay` names.
+
+    Args:
+        task: with `backbone`, a `Features`.
+        lr: of neck and heads.
+        weight_decay: of the parameters that are decayed.
+        no_decay: parts of names ('norm', 'relative_position_bias_table') of parameters that aren't.
+        layer_decay: factor from a layer of the backbone to the one before it, layers being counted by its
+            group_matcher, as for `param_groups`; the last is the one before the neck. None for one rate.
+        backbone_lr: what the backbone's rate is of `lr`.
+
+    Raises:
+        ValueError: a part of a name that no parameter has, or layers of a model that has no group_matcher.
+    """
+    named = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    for part in no_decay:
+        if not any(part in name for name in named):
+            raise ValueError(f'No parameter of the {type(task).__name__} has {part!r} in its name.')
+    layers = {} if layer_decay is None else _layers(task.backbone.model)
+    groups = {}
+    for name, parameter in named.items():
+        scale = backbone_lr if name.startswith('backbone.') else 1.0
+        if name in layers:
+            scale *= layer_decay ** (max(layers.values()) + 1 - layers[name])
+        decay = 0.0 if any(part in name for part in no_decay) else weight_decay
+        group = {'params': [], 'weight_decay': decay, 'lr': lr * scale, 'lr_scale': scale}
+        groups.setdefault((scale, decay), group)['params'].append(parameter)
+    return list(groups.values())
+
+
+def _layers(features: nn.Module) -> dict[str, int]:
+    """The layer of each parameter of a task's backbone, by its name in the task."""
+    model = getattr(features, 'model', None)  # in timm's FeatureGetterNet
+    if not hasattr(model, 'group_matcher'):
+        raise ValueError(f'layer_decay needs a backbone with group_matcher, which {type(features).__name__} has not.')
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return {f'backbone.model.model.{name}': layer for name, layer in layers.items()}
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class TimmParamGroups:
     """Builds an optimizer wrapper on `param_groups` of the task's backbone.
@@ -100,12 +157,25 @@ class TimmParamGroups:
         self.optimizer = dict(self.wrapper.pop('optimizer'))
         self.arguments = dict(paramwise_cfg or {})
 
+    def groups(self, task: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+        return param_groups(task.backbone, lr, weight_decay, **self.arguments)
+
     def __call__(self, model: nn.Module) -> 'OptimWrapper':
-        backbone = (model.module if is_model_wrapper(model) else model).backbone
-        lr, weight_decay = self.optimizer['lr'], self.optimizer.get('weight_decay', 0.0)
-        groups = param_groups(backbone, lr, weight_decay, **self.arguments)
+        task = model.module if is_model_wrapper(model) else model
+        groups = self.groups(task, self.optimizer['lr'], self.optimizer.get('weight_decay', 0.0))
         optimizer = OPTIMIZERS.build({**self.optimizer, 'params': groups})
         return OPTIM_WRAPPERS.build({'type': 'OptimWrapper', **self.wrapper, 'optimizer': optimizer})
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DenseParamGroups(TimmParamGroups):
+    """Builds an optimizer wrapper on `dense_param_groups` of the task.
+
+    `paramwise_cfg` may hold `no_decay`, `layer_decay` and `backbone_lr`.
+    """
+
+    def groups(self, task: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+        return dense_param_groups(task, lr, weight_decay, **self.arguments)
 
 
 @OPTIM_WRAPPERS.register_module()

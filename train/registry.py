@@ -33,7 +33,7 @@ def _child(name: str, *modules: str) -> Registry:
 DATASETS = _child('DATASETS', 'data', 'digits')
 DATA_SAMPLERS = _child('DATA_SAMPLERS', 'samplers')
 EVALUATOR = _child('EVALUATOR')
-FUNCTIONS = _child('FUNCTIONS', 'tasks')
+FUNCTIONS = _child('FUNCTIONS', 'dense.task', 'tasks')
 HOOKS = _child('HOOKS', 'data', 'ema', 'hooks', 'records')
 LOG_PROCESSORS = _child('LOG_PROCESSORS')
 LOOPS = _child('LOOPS', 'loops')

@@ -28,11 +28,12 @@ class TrainResult:
     """What a training run reached, and its files.
 
     Attributes:
-        metrics: of the last validation, in per cent: top1, top5.
+        metrics: of the last validation, in per cent: top1 and top5, or what the config's val_evaluator measures.
         work_dir: where the files are.
         checkpoint: the last one; `train(..., resume=True)` goes on from it.
         best: that of the best validation.
-        weights: the backbone's last weights, for `timm.create_model(name, checkpoint_path=...)`.
+        weights: the last weights: of a classifier its backbone's, for `timm.create_model(name, checkpoint_path=...)`;
+            of a detector or segmentor all, for `measure`.
         report: all about the run, for people.
         curve: the record of the run, JSON lines.
         picture: the same drawn.
@@ -49,7 +50,7 @@ class TrainResult:
 
     @property
     def accuracy(self) -> float:
-        """Top-1 accuracy of the last validation, in per cent."""
+        """Top-1 accuracy of a classifier's last validation, in per cent."""
         return self.metrics['top1']
 
 
@@ -61,7 +62,7 @@ def train(
     preflight: bool = True,
     strict: bool = False,
 ) -> TrainResult:
-    """Train an image classifier. Under torchrun, every process calls this and has the result.
+    """Train a classifier, a detector or a segmentor. Under torchrun, every process calls this and has the result.
 
     Args:
         config: path of an mmengine config, or name of one that comes with the zoo ('quickstart/biformer_digits').
@@ -109,7 +110,7 @@ def _train(config, work_dir, resume: bool, cfg_options: dict | None, preflight: 
             for hook in runner.hooks:
                 if isinstance(hook, ProgressBar):
                     hook.close()
-        return _result(Path(runner.work_dir))
+        return _result(Path(runner.work_dir), runner.exported)
 
 
 def _preflight(cfg: Config, strict: bool) -> None:
@@ -126,9 +127,9 @@ def _preflight(cfg: Config, strict: bool) -> None:
     report.require()
 
 
-def _result(folder: Path) -> TrainResult:
+def _result(folder: Path, exported: str) -> TrainResult:
     checkpoint, weights = checkpoints.latest(folder), folder / 'model.safetensors'
-    distributed.on_first(checkpoints.export_backbone, checkpoint, weights)
+    distributed.on_first(checkpoints.export_weights, checkpoint, weights, exported)
     validations = [record for record in read_curve(folder / 'curve.jsonl') if 'loss' not in record]
     metrics = {key: value for key, value in validations[-1].items() if key not in ('iter', 'epoch')}
     return TrainResult(

@@ -7,6 +7,8 @@ import mmengine.runner
 from mmengine.dist import is_main_process
 from mmengine.model import is_model_wrapper
 
+from zoo.backbones.checkpoints import CheckpointError, mismatches
+
 from . import checkpoints, distributed
 
 __all__ = ['Runner']
@@ -39,6 +41,8 @@ class Runner(mmengine.runner.Runner):
 
         A restart by torchrun resumes what the same call of torchrun has begun.
         """
+        if self._has_loaded:
+            return
         latest, is_restart = distributed.on_first(self._find)
         self._resume = self._resume or is_restart
         if self._resume and self._load_from is None:
@@ -65,6 +69,21 @@ class Runner(mmengine.runner.Runner):
     @property
     def _mark(self) -> Path:
         return Path(self.work_dir, '.launch')
+
+    def load_weights(self, state_dict: dict) -> None:
+        """Take weights as a checkpoint of a run has them, or what it has left for use elsewhere.
+
+        Raises:
+            CheckpointError: they are not those of the model.
+        """
+        model, prefix = self._bare_model, self.exported
+        if not any(name.startswith(prefix) for name in state_dict):
+            state_dict = {f'{prefix}{name}': value for name, value in state_dict.items()}
+        problem = mismatches(state_dict, model.state_dict())
+        if problem:
+            raise CheckpointError(f'The weights do not fit the {type(model).__name__} of the config: {problem}.')
+        model.load_state_dict(state_dict)
+        self._has_loaded = True
 
     def load_checkpoint(self, filename, map_location='cpu', strict=True, **kwargs):
         """As mmengine's, but the checkpoint must have what the model has."""
@@ -119,6 +138,11 @@ class Runner(mmengine.runner.Runner):
         """What the count of iterations counts."""
         loader = self.train_loop.dataloader
         return {'images': len(loader.dataset), 'batch of all processes': loader.batch_size * self.world_size}
+
+    @property
+    def exported(self) -> str:
+        """What the names of the weights begin with that the run leaves for use elsewhere."""
+        return getattr(self._bare_model, 'exported', checkpoints.BACKBONE)
 
     @property
     def _bare_model(self):

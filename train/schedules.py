@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 from mmengine.optim import _ParamScheduler
@@ -9,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 
 from .registry import PARAM_SCHEDULERS
 
-__all__ = ['TimmLR', 'WarmupCosineLR']
+__all__ = ['DenseLR', 'TimmLR', 'WarmupCosineLR']
 
 KINDS = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant')
 # What TimmLR decides itself.
@@ -136,4 +137,71 @@ class WarmupCosineLR(_ParamScheduler):
             factor = self.start + (1 - self.start) * self.last_step / self.warmup
         else:
             factor = 0.5 * (1 + math.cos(math.pi * (self.last_step - self.warmup) / (self.end - self.warmup)))
+        return [base * factor for base in self.base_values]
+
+
+@PARAM_SCHEDULERS.register_module()
+class DenseLR(_ParamScheduler):
+    """The schedules of mmdetection and mmsegmentation: a linear warm-up times steps, a polynomial or a cosine.
+
+    Positions are optimizer steps, however many batches are accumulated for one. In a config it needs by_epoch=False.
+    The rate at step t of T is f(t / T) times a group's rate, and for t < `warmup_steps` also 1 - (1 - t /
+    warmup_steps)(1 - warmup_start), as in mmcv 1 (`runner/hooks/lr_updater.py`), where the first steps warm up what the
+    schedule gives rather than come before it.
+
+    Args:
+        optimizer: wrapper or optimizer whose groups' rates are set.
+        end: length of the run in iterations; the runner gives it.
+        sched: 'step' (f falls by `gamma` at each of the milestones), 'poly' (from 1 to min_ratio as (1 - x)^power)
+            or 'cosine' (from 1 to min_ratio).
+        milestones: of 'step', as fractions of the run: (8 / 12, 11 / 12) of the 1x schedule's epochs.
+        gamma: of 'step'.
+        power: of 'poly'.
+        min_ratio: f at the end of 'poly' and 'cosine'.
+        warmup_steps: length of the warm-up.
+        warmup_start: what the warm-up begins at.
+
+    Raises:
+        ValueError: an unknown schedule, milestones that are no rising fractions, or a warm-up longer than the run.
+    """
+
+    def __init__(
+        self,
+        optimizer,
+        end: int,
+        sched: str,
+        milestones: Sequence[float] = (),
+        gamma: float = 0.1,
+        power: float = 1.0,
+        min_ratio: float = 0.0,
+        warmup_steps: int = 0,
+        warmup_start: float = 1e-3,
+        by_epoch: bool = False,
+    ):
+        if by_epoch:
+            raise ValueError('DenseLR counts optimizer steps: give by_epoch=False.')
+        if sched not in ('step', 'poly', 'cosine'):
+            raise ValueError(f"sched must be 'step', 'poly' or 'cosine', got {sched!r}.")
+        if list(milestones) != sorted(set(milestones)) or not all(0 < place < 1 for place in milestones):
+            raise ValueError(f'milestones must be rising fractions of the run, got {milestones!r}.')
+        self.accumulated = getattr(optimizer, 'accumulative_counts', 1)
+        self.steps = math.ceil(end / self.accumulated)
+        if not 0 <= warmup_steps <= self.steps:
+            raise ValueError(f'warmup_steps must be from 0 to the {self.steps} of the run, got {warmup_steps!r}.')
+        self.sched, self.gamma, self.power, self.min_ratio = sched, gamma, power, min_ratio
+        self.milestones = [round(place * self.steps) for place in milestones]
+        self.warmup_steps, self.warmup_start = warmup_steps, warmup_start
+        super().__init__(optimizer, 'lr', by_epoch=False)
+        self.optimizer._global_step = 0  # mmengine warns otherwise, as the first batches of a step don't step
+
+    def _get_value(self) -> list[float]:
+        step = min(self.last_step // self.accumulated, self.steps)
+        if self.sched == 'step':
+            factor = self.gamma ** sum(step >= place for place in self.milestones)
+        elif self.sched == 'poly':
+            factor = self.min_ratio + (1 - self.min_ratio) * (1 - step / self.steps) ** self.power
+        else:
+            factor = self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if step < self.warmup_steps:
+            factor *= 1 - (1 - step / self.warmup_steps) * (1 - self.warmup_start)
         return [base * factor for base in self.base_values]

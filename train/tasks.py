@@ -72,7 +72,7 @@ def create_backbone(name: str, checkpoint: str | None = None, **kwargs) -> nn.Mo
         near = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f'There is no model {name!r}.' + (f' Near: {", ".join(near)}.' if near else ''))
     try:
-        return _load(name, checkpoint, kwargs) if checkpoint else timm.create_model(name, **kwargs)
+        return _load(name, checkpoint, kwargs) if checkpoint else zoo.create_model(name, **kwargs)
     except TypeError as error:
         raise ValueError(f'{name} could not be made with {kwargs}: {error}') from error
 
@@ -144,6 +144,8 @@ class ImageClassifier(BaseModel):
     Raises:
         ValueError: a model, loss or argument that doesn't exist, or two that contradict each other.
     """
+
+    exported = 'backbone.'  # the weights that a run leaves for use elsewhere
 
     def __init__(
         self,

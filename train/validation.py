@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -31,13 +31,15 @@ from . import registry
 from .batches import fit
 from .config import READ, ConfigError, near
 from .data import SHARDS, STREAMS, LabelledImages, build_transform
+from .dense.features import Features
+from .dense.task import DenseTask
 from .digits import Digits
 from .distributed import STRATEGIES
 from .evaluation import TopK
 from .hooks import Checkpoints
 from .images import EXTENSIONS
 from .loops import TrainLoop
-from .optim import CLIP, OptimWrapper, TimmParamGroups, param_groups
+from .optim import CLIP, DenseParamGroups, OptimWrapper, TimmParamGroups, dense_param_groups, param_groups
 from .samplers import ShuffledStream
 from .shards import find_shards
 from .signatures import arguments_of
@@ -97,7 +99,7 @@ class _Validation:
         self.cfg = cfg.to_dict()
         self.world_size = world_size
         self.problems: list[str] = []
-        self.model: ImageClassifier | None = None  # on the meta device, if it could be built
+        self.model: ImageClassifier | DenseTask | None = None  # on the meta device, if it could be built
         self.taken: set[tuple[int, ...]] = set()  # shapes of images that it takes
         self.batch: int | None = None  # images of a process's batch
         self.accumulated = 1  # batches to a step
@@ -243,6 +245,8 @@ class _Validation:
         if part is None:
             return
         target = self.buildable('model', part, registry.MODELS)
+        if isinstance(target, type) and issubclass(target, DenseTask):
+            self._dense_model(part)
         if not (isinstance(target, type) and issubclass(target, ImageClassifier)):
             return
         self._named_model('model.backbone', part.get('backbone'))
@@ -256,8 +260,17 @@ class _Validation:
         if target is ImageClassifier and not self.has_problem('model'):
             self._build_model(part)
 
-    def _named_model(self, key: str, part) -> None:
-        self.nested(key, part, create_backbone)
+    def _dense_model(self, part: dict) -> None:
+        """A detector or segmentor, built without memory too."""
+        self._named_model('model.backbone', part.get('backbone'), Features)
+        for name in ('neck', 'head', 'auxiliary'):
+            for key, own in _each(f'model.{name}', part.get(name) or ()):
+                self.buildable(key, own, registry.MODELS, ('feature_info',), ('weight', 'level'), kind=name)
+        if not self.has_problem('model'):
+            self._build_model(part, is_dense=True)
+
+    def _named_model(self, key: str, part, target: Callable = create_backbone) -> None:
+        self.nested(key, part, target)
         name = part.get('name') if isinstance(part, dict) else None
         if not isinstance(name, str):
             return
@@ -268,7 +281,7 @@ class _Validation:
             if not (facts and facts.has_weights):
                 self.report(f'{key}.pretrained', f'{name} has no weights to download: give checkpoint=FILE.')
 
-    def _build_model(self, part: dict) -> None:
+    def _build_model(self, part: dict, is_dense: bool = False) -> None:
         """Build it without memory, one time more for each argument that a backbone refuses."""
         part = copy.deepcopy({**part, 'compile': False})
         for name in ('backbone', 'teacher'):
@@ -277,10 +290,11 @@ class _Validation:
                 part[name] = {**kept, 'pretrained': False, 'device': 'meta'}
         if part.get('teacher') and 'checkpoint' in self.cfg['model']['teacher'] and 'num_classes' in part['backbone']:
             part['teacher']['num_classes'] = part['backbone']['num_classes']  # as the file has, which isn't read
+        around = torch.device('meta') if is_dense else nullcontext()
         refused = []
         while True:
             try:
-                with _random_numbers_kept(), warnings.catch_warnings():
+                with _random_numbers_kept(), warnings.catch_warnings(), around:
                     warnings.simplefilter('ignore')
                     self.model = registry.MODELS.build(copy.deepcopy(part)).eval()
                 break
@@ -311,7 +325,8 @@ class _Validation:
             given = ('dataset', 'seed')
             self.samplers[key] = self.buildable(f'{key}.sampler', part['sampler'], registry.DATA_SAMPLERS, given)
         if part.get('collate_fn') is None and self.model is not None:
-            self.report(key, "needs collate_fn=dict(type='default_collate') too: mmengine's own makes lists.")
+            needed = 'default_collate' if isinstance(self.model, ImageClassifier) else 'collate'
+            self.report(key, f"needs collate_fn=dict(type='{needed}') too: mmengine's own makes lists of samples.")
         if part.get('batch_sampler') is not None:
             given = ('sampler', 'batch_size')
             self.buildable(f'{key}.batch_sampler', part['batch_sampler'], registry.DATA_SAMPLERS, given)
@@ -355,7 +370,7 @@ class _Validation:
             made = [transform(Image.new(mode, size)) for size in PICTURE_SIZES]
         except ValueError:  # as of a crop that is larger than these images, if not yours
             return
-        if self.model is None:
+        if not isinstance(self.model, ImageClassifier):
             return
         for image in made:
             if not isinstance(image, torch.Tensor):
@@ -431,10 +446,12 @@ class _Validation:
             by_epoch = isinstance(part, dict) and part.get('by_epoch', True)
             default = 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop'
             self.loop = self.buildable('train_cfg', part, registry.LOOPS, given, ('by_epoch',), default)
-            for name in ('max_epochs', 'val_interval') if self.loop is TrainLoop else ():
-                value = part.get(name, 1)
-                if not _is_count(value):
-                    self.report(f'train_cfg.{name}', f'expected a positive integer, got {value!r}.')
+            lengths = ('max_epochs', 'max_steps', 'val_interval') if self.loop is TrainLoop else ()
+            for name in (name for name in lengths if part.get(name) is not None):
+                if not _is_count(part[name]):
+                    self.report(f'train_cfg.{name}', f'expected a positive integer, got {part[name]!r}.')
+            if lengths and (part.get('max_epochs') is None) == (part.get('max_steps') is None):
+                self.report('train_cfg', 'TrainLoop needs max_epochs or max_steps, one of them.')
         for key, sampler in self.samplers.items():
             name = getattr(sampler, '__name__', '')
             if key == 'train_dataloader' and self.loop is TrainLoop and sampler in (DefaultSampler, InfiniteSampler):
@@ -476,26 +493,31 @@ class _Validation:
         if constructor is None:
             hint = _hint(name, _names(registry.OPTIM_WRAPPER_CONSTRUCTORS))
             self.report('optim_wrapper.constructor', f'there is no constructor {name!r}.{hint}')
-        if constructor is not TimmParamGroups:
+        if not (isinstance(constructor, type) and issubclass(constructor, TimmParamGroups)):
             return
+        of_task = issubclass(constructor, DenseParamGroups)
+        make, of = (dense_param_groups, 'task') if of_task else (param_groups, 'backbone')
         groups = part.get('paramwise_cfg') or {}
-        self.nested('optim_wrapper.paramwise_cfg', groups, param_groups, given=('backbone', 'lr', 'weight_decay'))
+        self.nested('optim_wrapper.paramwise_cfg', groups, make, given=(of, 'lr', 'weight_decay'))
         if 'lr' not in part['optimizer']:
             self.report('optim_wrapper.optimizer', 'needs lr too.')
         if self.model is not None and not self.has_problem('optim_wrapper.paramwise_cfg'):
             with self.reporting('optim_wrapper.paramwise_cfg'):
-                param_groups(self.model.backbone, 1.0, part['optimizer'].get('weight_decay', 0.0), **groups)
+                of = self.model if of_task else self.model.backbone
+                make(of, 1.0, part['optimizer'].get('weight_decay', 0.0), **groups)
 
     def _schedules(self, wrapper) -> None:
         part = self.cfg.get('param_scheduler')
-        epochs = (self.cfg.get('train_cfg') or {}).get('max_epochs', 1)
+        loop = self.cfg.get('train_cfg') or {}
+        epochs = 1 if loop.get('max_epochs') is None else loop['max_epochs']
         for key, schedule in _each('param_scheduler', [] if part is None else part):
             given, extra = ('optimizer', 'epoch_length', 'end'), ('convert_to_iter_based', 'by_epoch')
             if self.buildable(key, schedule, registry.PARAM_SCHEDULERS, given, extra) is None or self.has_problem(key):
                 continue
             if not _is_count(epochs):
                 continue  # reported
-            end = epochs if schedule.get('by_epoch', True) else epochs * EPOCH_LENGTH
+            iterations = loop.get('max_steps') if _is_count(loop.get('max_steps')) else epochs * EPOCH_LENGTH
+            end = epochs if schedule.get('by_epoch', True) else iterations * getattr(wrapper, 'accumulative_counts', 1)
             built = None
             with self.reporting(key):
                 given = {'optimizer': wrapper, 'epoch_length': EPOCH_LENGTH}

@@ -148,6 +148,26 @@ def train(
         _fail(error)
 
 
+@app.command('measure')
+def measure_(
+    config: Annotated[str, typer.Argument(help='The config that trained the weights: a file, or a shipped one.')],
+    checkpoint: Annotated[Path, typer.Argument(help='iter_<n>.pth, best.pth or model.safetensors of its run.')],
+    work_dir: Annotated[Path | None, typer.Option(help='Folder for measures.json.')] = None,
+    cfg_options: Annotated[list[str] | None, typer.Option(help='key=value, overrides the config; repeatable.')] = None,
+) -> None:
+    """Measure a run's weights on its config's validation data: top-1, AP or mIoU; torchrun shares it."""
+    from zoo.train.measuring import measure
+
+    try:
+        measures = measure(config, checkpoint, work_dir=work_dir, cfg_options=_options(cfg_options))
+    except _failures() as error:
+        _fail(error)
+    table = Table('measure', 'value', title=str(checkpoint))
+    for name, value in measures.items():
+        table.add_row(name, f'{value:.2f}')
+    console.print(table)
+
+
 def _options(given: list[str] | None) -> dict[str, str]:
     if any('=' not in option for option in given or ()):
         raise ValueError(f'--cfg-options takes key=value, got {given}.')

@@ -60,7 +60,7 @@ def test_exported_weights_load_in_timm(tmp_path):
     model = timm.create_model('test_resnet', num_classes=3)
     state = {f'backbone.{key}': value for key, value in model.state_dict().items()}
     checkpoints.save({'state_dict': {**state, 'other': torch.ones(1)}}, tmp_path / 'iter_1.pth')
-    checkpoints.export_backbone(tmp_path / 'iter_1.pth', tmp_path / 'model.safetensors')
+    checkpoints.export_weights(tmp_path / 'iter_1.pth', tmp_path / 'model.safetensors')
     loaded = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(tmp_path / 'model.safetensors'))
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
 

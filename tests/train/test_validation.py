@@ -160,7 +160,8 @@ PLANTED = [
     ),
     ({'val_dataloader.sampler': {'type': 'ShuffledStream', '_delete_': True}}, 'val_dataloader.sampler', 'never ends'),
     ({'val_dataloader.collate_fn': None}, 'val_dataloader', 'default_collate'),
-    ({'train_cfg': {'type': 'TrainLoop', '_delete_': True}}, 'train_cfg', 'needs max_epochs too'),
+    ({'train_cfg': {'type': 'TrainLoop', '_delete_': True}}, 'train_cfg', 'needs max_epochs or max_steps'),
+    ({'train_cfg.max_steps': 5}, 'train_cfg', 'needs max_epochs or max_steps, one of them'),
     ({'train_cfg.max_epochs': 1.5}, 'train_cfg.max_epochs', 'positive integer, got 1.5'),
     ({'train_dataloader.batch_size': 0}, 'train_dataloader', 'batch_size=0'),
     ({'train_dataloader.persistent_workers': True}, 'train_dataloader', 'num_workers > 0'),
@@ -469,6 +470,6 @@ def test_arguments_that_are_passed_on_are_followed_to_where_they_are_taken():
     assert arguments_of(PARAM_SCHEDULERS.get('CosineAnnealingLR')).names[:3] == ('optimizer', 'T_max', 'eta_min')
     assert 'auto_augment' in arguments_of(TRANSFORMS.get('timm_transform')).names
     assert 'normalize' not in arguments_of(TRANSFORMS.get('timm_transform')).names
-    assert arguments_of(LOOPS.get('TrainLoop')).required == {'runner', 'dataloader', 'max_epochs'}
+    assert arguments_of(LOOPS.get('TrainLoop')).required == {'runner', 'dataloader'}
     assert arguments_of(HOOKS.get('CheckpointHook')).is_open
     assert 'backbone' in arguments_of(MODELS.get('ImageClassifier')).required

@@ -11,7 +11,7 @@ from torch import distributed
 from . import data, model, optimization  # noqa: F401 (which fill the table of checks)
 from .checks import CHECKS
 from .findings import Finding, PreflightError, Report
-from .rehearsal import ON_CPU, NotChecked, Rehearsal, isolated
+from .rehearsal import ON_CPU, NotChecked, Rehearsal, is_labelled, isolated
 
 __all__ = ['DEPTHS', 'Finding', 'PreflightError', 'Report', 'check_names', 'preflight']
 
@@ -100,6 +100,8 @@ def _fill(report: Report, cfg: Config, world_size: int, strict: bool, silence, s
             reason = 'of depth full'
         elif run.train_loader is None or (check.needs == 'start' and run.before is None):
             reason = 'the run does not start'
+        elif check.of == 'labels' and run.batches and not is_labelled(run.batches[0]):
+            reason = 'of images with labels'
         elif time.monotonic() > run.deadline:
             reason = 'no time left'
         if reason is None:

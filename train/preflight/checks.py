@@ -15,22 +15,24 @@ class Check:
 
     Attributes:
         needs: 'data' (loaders and model) or 'start' (what is built when training starts).
+        of: 'all' tasks, or those of 'labels' alone, whose batches are images (B, C, H, W) and labels.
     """
 
     name: str
     look: Callable[[Rehearsal], Finding]
     depth: str
     needs: str
+    of: str
 
 
 CHECKS: dict[str, Check] = {}
 
 
-def check(depth: str = 'quick', needs: str = 'start'):
+def check(depth: str = 'quick', needs: str = 'start', of: str = 'all'):
     """Makes a function a check of its name, done in preflights of that depth and in deeper ones."""
 
     def add(function):
-        CHECKS[function.__name__] = Check(function.__name__, function, depth, needs)
+        CHECKS[function.__name__] = Check(function.__name__, function, depth, needs, of)
         return function
 
     return add

@@ -56,7 +56,7 @@ def _classes(dataset) -> list:
     return list((getattr(dataset, 'metainfo', None) or {}).get('classes') or ())
 
 
-@check(needs='data')
+@check(needs='data', of='labels')
 def labels(run: Rehearsal) -> Finding:
     """Labels within the model's classes, and each that of the folder its image lies in."""
     require(run.batches and isinstance(run.batches[0][1], Tensor), 'the batches are no images with labels')
@@ -107,7 +107,7 @@ def _folders(dataset) -> list[tuple[int, int, str]]:
     return [each for each in found if not (skips and each[1] == LEFT_OUT)]
 
 
-@check(needs='data')
+@check(needs='data', of='labels')
 def class_balance(run: Rehearsal) -> Finding:
     """Images of each class in the training data."""
     found = _all_labels(run.train_loader.dataset)
@@ -190,7 +190,7 @@ def _index(draw) -> int:
     return draw[0] if isinstance(draw, tuple | list) else draw
 
 
-@check(needs='data')
+@check(needs='data', of='labels')
 def augmentation(run: Rehearsal) -> Finding:
     """What the training transform makes of one image: differs from draw to draw and from epoch to epoch."""
     dataset, sampler = run.train_loader.dataset, run.train_loader.sampler
@@ -267,7 +267,7 @@ def _digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-@check(needs='data')
+@check(needs='data', of='labels')
 def image_size(run: Rehearsal) -> Finding:
     """The size of training and validation images that reach the model."""
     require(run.batches and run.batches[0][0].ndim == 4, 'the batches are no images with labels')
@@ -286,7 +286,7 @@ def image_size(run: Rehearsal) -> Finding:
     return ok(text, expected)
 
 
-@check(needs='data')
+@check(needs='data', of='labels')
 def test_crop(run: Rehearsal) -> Finding:
     """The share of an image's side that the validation transform shows, measured, and its interpolation."""
     require(run.val_loader is not None, 'there is no validation')

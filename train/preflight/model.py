@@ -138,7 +138,7 @@ def _expected_normalization(run: Rehearsal) -> tuple[Tensor, Tensor, str]:
     return torch.tensor(mean), torch.tensor(std), source
 
 
-@check()
+@check(of='labels')
 def channel_order(run: Rehearsal) -> Finding:
     """That red, green and blue images arrive as the first, second and third channel."""
     expected = 'red, green, blue'
@@ -152,7 +152,7 @@ def channel_order(run: Rehearsal) -> Finding:
     return ok(expected, expected)
 
 
-@check()
+@check(of='labels')
 def normalization(run: Rehearsal) -> Finding:
     """The mean and standard deviation by which images are normalized, as the backbone gets them."""
     mean, std, source = _expected_normalization(run)
@@ -278,7 +278,7 @@ def evaluation_mode(run: Rehearsal) -> Finding:
     return ok('all modules', 'eval mode')
 
 
-@check()
+@check(of='labels')
 def evaluation_repeats(run: Rehearsal) -> Finding:
     """That an evaluation is the same twice: images, what the backbone gets, and logits."""
     require(run.val_batches, 'no validation images were read')
@@ -309,7 +309,7 @@ def _predict(run: Rehearsal, batch) -> Tensor:
     return torch.stack(list(logits)) if not isinstance(logits, Tensor) else logits
 
 
-@check()
+@check(of='labels')
 def evaluation_alone(run: Rehearsal) -> Finding:
     """That an image is evaluated by itself: what the backbone gets for it does not depend on its batch."""
     require(run.val_batches and run.backbone is not None, 'no validation images were read')
@@ -329,7 +329,7 @@ def evaluation_alone(run: Rehearsal) -> Finding:
     return ok('the backbone gets the same for an image in another batch', 'no mixing')
 
 
-@check()
+@check(of='labels')
 def mixup(run: Rehearsal) -> Finding:
     """What mixing made of the labels in training."""
     targets = [target for step in run.steps for _, target, _ in step.criteria[:1]]
@@ -369,7 +369,7 @@ def _criterion(run: Rehearsal):
     return require(False, "the task's loss function was not seen")
 
 
-@check()
+@check(of='labels')
 def label_smoothing(run: Rehearsal) -> Finding:
     """How much of a label's probability the loss and the mixing move to all classes, each measured."""
     criterion, logits, targets = _criterion(run)
@@ -396,7 +396,7 @@ def label_smoothing(run: Rehearsal) -> Finding:
     return ok(text, expected)
 
 
-@check()
+@check(of='labels')
 def loss_at_init(run: Rehearsal) -> Finding:
     """The first loss beside that of equal logits: ln(classes) for a cross-entropy."""
     criterion, logits, targets = _criterion(run)
@@ -448,7 +448,7 @@ def precision(run: Rehearsal) -> Finding:
     return ok(text, f'{source}: {want}' if want else f'config: {asked}')
 
 
-@check()
+@check(of='labels')
 def teacher(run: Rehearsal) -> Finding:
     """That the teacher is in eval mode, without gradients, and not in the optimizer."""
     module = getattr(run.task, 'teacher', None)

@@ -132,11 +132,15 @@ def scheduler_steps(run: Rehearsal) -> Finding:
 def run_length(run: Rehearsal) -> Finding:
     """Epochs, iterations and optimizer steps of the whole run."""
     epochs, length = run.loop.max_epochs, run.loop.epoch_length
-    text = f'{epochs} epochs x {length:,} iterations = {run.loop.max_iters // run.accumulated:,} optimizer steps'
-    want, source = stated(run, 'epochs')
-    if want is not None and epochs != want:
-        return warning(text, f'{source}: {want} epochs', f'Set train_cfg.max_epochs={want}.')
-    return ok(text, f'{source}: {want} epochs' if want is not None else '')
+    steps = run.loop.max_iters // run.accumulated
+    text = f'{epochs} epochs x {length:,} iterations = {steps:,} optimizer steps'
+    for unit, found, setting in (('epochs', epochs, 'max_epochs'), ('steps', steps, 'max_steps')):
+        want, source = stated(run, unit)
+        if want is not None:
+            expected = f'{source}: {want:,} {unit}'
+            same = found == want
+            return ok(text, expected) if same else warning(text, expected, f'Set train_cfg.{setting}={want}.')
+    return ok(text)
 
 
 @check()
@@ -191,7 +195,7 @@ def weight_decay(run: Rehearsal) -> Finding:
         return warning(text, expected, 'The weight decay reaches no parameter: look at the groups that are built.')
     if want is not None and values - {want}:
         return warning(text, expected, 'Set optim_wrapper.optimizer.weight_decay to that.')
-    if small:
+    if small and run.cfg.optim_wrapper.get('constructor') != 'DenseParamGroups':  # which decays all but what it names
         return warning(
             f'{text}; {len(small)} biases and vectors are decayed: {names(small)}',
             f'{expected}, on matrices alone',
@@ -325,7 +329,7 @@ def updates(run: Rehearsal) -> Finding:
     return ok(text, 'all')
 
 
-@check()
+@check(of='labels')
 def accumulation(run: Rehearsal) -> Finding:
     """That accumulated batches give the gradient of one batch of their images."""
     require(run.is_full or run.accumulated > 1, 'of depth full, as nothing is accumulated')
@@ -390,7 +394,7 @@ def _small_batch(run: Rehearsal, count: int) -> tuple[Tensor, Tensor]:
     return images[:count].to(run.device), labels[:count].to(run.device)
 
 
-@check('full')
+@check('full', of='labels')
 def overfit(run: Rehearsal) -> Finding:
     """That some tens of steps at the peak rate learn one small batch by heart."""
     images, labels = _small_batch(run, OVERFIT_IMAGES)

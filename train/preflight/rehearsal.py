@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..batches import fit
 from ..runner import Runner
 
-__all__ = ['NotChecked', 'Rehearsal', 'Step', 'isolated']
+__all__ = ['NotChecked', 'Rehearsal', 'Step', 'is_labelled', 'isolated']
 
 MANAGED = (DefaultScope, MMLogger, MessageHub, Visualizer)
 ON_CPU = 4  # images of a batch that the model sees there
@@ -143,7 +143,7 @@ class _TwoBatches:
             yield from map(self._cut, self.batches)
 
     def _cut(self, batch):
-        if self.limit is None or not _is_classification(batch):
+        if self.limit is None or not (is_labelled(batch) or _is_listed(batch)):
             return batch
         return [part[: self.limit] for part in batch]
 
@@ -172,13 +172,19 @@ class _FewImages:
         yield from self.batches
 
 
-def _is_classification(batch) -> bool:
+def is_labelled(batch) -> bool:
+    """Whether a batch is images (B, C, H, W) with labels."""
     return (
         isinstance(batch, list | tuple)
         and len(batch) == 2
         and all(isinstance(part, Tensor) for part in batch)
         and batch[0].ndim == 4
     )
+
+
+def _is_listed(batch) -> bool:
+    """Whether it is a list of images and one of targets, as of dense tasks."""
+    return isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, list) for part in batch)
 
 
 class _Runner(Runner):
@@ -405,7 +411,7 @@ class Rehearsal:
             scheduler.optimizer = optimizer
 
     def _before_step(self, batch) -> None:
-        if _is_classification(batch) and not batch[1].is_floating_point():
+        if is_labelled(batch) and not batch[1].is_floating_point():
             classes = getattr(self.task, 'num_classes', None)
             if classes and not 0 <= int(batch[1].min()) <= int(batch[1].max()) < classes:
                 raise _Stop  # a GPU would not survive it; the check of the labels says so

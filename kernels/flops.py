@@ -15,16 +15,18 @@ from torch.utils.flop_counter import register_flop_formula
 BACKWARD = 5 / 2
 
 
-def register(operator: str, products: Callable[..., int]) -> None:
+def register(operator: str, products: Callable[..., int], backward: Callable[..., int] | None = None) -> None:
     """Count custom operator zoo::`operator` and its backward by the multiply-accumulates of the forward.
 
     `products` computes these from arguments of the operators, which it has by name; of tensors it gets the shapes.
+    `backward` does so for the backward, which has `BACKWARD` times as many unless it is given.
     """
-    for name, factor in ((operator, 1), (f'{operator}_backward', BACKWARD)):
+    of_backward = (backward, 1) if backward else (products, BACKWARD)
+    for name, (count, factor) in ((operator, (products, 1)), (f'{operator}_backward', of_backward)):
         packet = getattr(torch.ops.zoo, name)
         positions = {argument.name: i for i, argument in enumerate(packet.default._schema.arguments)}
-        wanted = [positions[name] for name in inspect.signature(products).parameters]
+        wanted = [positions[name] for name in inspect.signature(count).parameters]
 
         @register_flop_formula(packet)
-        def flops(*arguments, out_val=None, out_shape=None, wanted=wanted, factor=factor):
-            return int(2 * factor * products(*(arguments[i] for i in wanted)))
+        def flops(*arguments, out_val=None, out_shape=None, wanted=wanted, count=count, factor=factor):
+            return int(2 * factor * count(*(arguments[i] for i in wanted)))

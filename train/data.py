@@ -19,7 +19,15 @@ from .registry import DATASETS, HOOKS, TRANSFORMS
 from .seeding import seed_everything
 from .shards import ShardReader
 
-__all__ = ['LEFT_OUT', 'BrokenImages', 'LabelledImages', 'build_transform', 'check_classes', 'timm_transform']
+__all__ = [
+    'LEFT_OUT',
+    'BrokenImages',
+    'DrawnImages',
+    'LabelledImages',
+    'build_transform',
+    'check_classes',
+    'timm_transform',
+]
 
 LEFT_OUT = -1  # label of a sample that stands for an image that can't be read, where none can replace it
 REPLACEMENTS = 100  # drawn for one broken image before giving up
@@ -39,13 +47,90 @@ def timm_transform(**kwargs):
 
 
 def build_transform(transform):
-    """A transform from its config: one dict, or a list of them to apply in turn."""
+    """A transform from its config: one dict, or a list of them to apply in turn.
+
+    Of a step that holds others, as RandomChoice does, each of its `transforms` is such a config too.
+    """
     steps = transform if isinstance(transform, list | tuple) else [transform]
-    return v2.Compose([TRANSFORMS.build(step) for step in steps])
+    return v2.Compose([_build_step(step) for step in steps])
+
+
+def _build_step(step):
+    if isinstance(step, dict) and 'transforms' in step:
+        step = {**step, 'transforms': [build_transform(inner) for inner in step['transforms']]}
+    return TRANSFORMS.build(step)
+
+
+class DrawnImages(Dataset):
+    """Images with what is known of them, by position or as a sampler draws them.
+
+    Args:
+        on_error: what an image that can't be decoded does. 'raise': it ends the run, and is named. 'skip': it is noted
+            in the run's folder (see `BrokenImages`), and another image, drawn by the key of its draw, takes its place,
+            so that an exact resume and the other processes stay in step. Without a key, as in validation, what `blank`
+            gives does. A file that can't be opened always ends the run.
+
+    Raises:
+        ValueError: on_error is something else.
+    """
+
+    def __init__(self, on_error: str):
+        if on_error not in ('raise', 'skip'):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+        self.on_error = on_error
+        self.broken_folder = None  # the run's, once it begins
+        self._noted = set()  # by this process
+
+    def __getitem__(self, draw):
+        """Sample of an index, or of a sampler's (index, key), whose random numbers are then those of the key."""
+        index, key = draw if isinstance(draw, tuple) else (draw, None)
+        image, known = self.read(index) if self.on_error == 'raise' else self._read_or_replace(index, key)
+        if key is not None:
+            seed_everything(*key)
+        return self.finish(image, known)
+
+    def read(self, index: int) -> tuple[Image.Image, object]:
+        """The image as it is stored, and what is known of it.
+
+        Raises:
+            ImageError: the image can't be decoded; names it.
+            OSError: its file can't be read.
+        """
+        raise NotImplementedError
+
+    def blank(self, index: int) -> tuple[Image.Image, object]:
+        """What stands for an image that can't be read, where none can replace it."""
+        raise NotImplementedError
+
+    def finish(self, image: Image.Image, known):
+        """The sample that is made of what was read."""
+        raise NotImplementedError
+
+    def note_in(self, folder: Path | str) -> None:
+        """Note what can't be read in a run's folder from now on."""
+        self.broken_folder = folder
+
+    def _read_or_replace(self, index: int, key) -> tuple[Image.Image, object]:
+        for attempt in range(REPLACEMENTS):
+            try:
+                return self.read(index)
+            except ImageError as error:
+                self._note(error)
+            if key is None:
+                return self.blank(index)
+            index = int(np.random.default_rng((*key, attempt)).integers(len(self)))
+        raise OSError(f'{REPLACEMENTS} images that were drawn one after another can not be read.')
+
+    def _note(self, error: ImageError) -> None:
+        if self.broken_folder is None:
+            warnings.warn(f'{error} (skipped)', stacklevel=2)
+        elif error.name not in self._noted:
+            append_broken(self.broken_folder, error.name, error.reason)
+            self._noted.add(error.name)
 
 
 @DATASETS.register_module()
-class LabelledImages(Dataset):
+class LabelledImages(DrawnImages):
     """Images with class indices: (transformed image, label).
 
     Args:
@@ -55,10 +140,8 @@ class LabelledImages(Dataset):
         reader: timm's name of a reader that reads by position: '' (folders, tar files), 'hfds/<name>', or 'wds/', whose
             shards are then read by position too (see `ShardReader`).
         image_mode: PIL's mode that images are converted to.
-        on_error: what an image that can't be decoded does. 'raise': it ends the run, and is named. 'skip': it is noted
-            in the run's folder (see `BrokenImages`), and another image, drawn by the key of its draw, takes its place,
-            so that an exact resume and the other processes stay in step. Without a key, as in validation, a blank image
-            with the label LEFT_OUT does, which measures leave out. A file that can't be opened always ends the run.
+        on_error: see `DrawnImages`; what stands for a broken image in validation is a blank one with the label
+            LEFT_OUT, which measures leave out.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -66,8 +149,7 @@ class LabelledImages(Dataset):
     """
 
     def __init__(self, root, split: str, transform, reader: str = '', image_mode: str = 'RGB', on_error: str = 'raise'):
-        if on_error not in ('raise', 'skip'):
-            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+        super().__init__(on_error)
         if reader.startswith(STREAMS):
             raise ValueError(f'{reader!r} only streams; an exact resume needs a reader that reads by position.')
         folder = Path(root).expanduser()
@@ -78,9 +160,6 @@ class LabelledImages(Dataset):
         self.reader = _reader(reader, folder, split)
         self.transform = build_transform(transform)
         self.image_mode = image_mode
-        self.on_error = on_error
-        self.broken_folder = None  # the run's, once it begins
-        self._noted = set()  # by this process
 
     @property
     def metainfo(self) -> dict:
@@ -91,14 +170,6 @@ class LabelledImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.reader)
-
-    def __getitem__(self, draw):
-        """Sample of an index, or of a sampler's (index, key), whose random numbers are then those of the key."""
-        index, key = draw if isinstance(draw, tuple) else (draw, None)
-        image, label = self.read(index) if self.on_error == 'raise' else self._read_or_replace(index, key)
-        if key is not None:
-            seed_everything(*key)
-        return self.transform(image), label
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """The image as it is stored, in `image_mode`, and its label.
@@ -111,27 +182,15 @@ class LabelledImages(Dataset):
         with file:
             return decode(file, self.image_mode, self.filename(index)), int(label)
 
+    def blank(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new(self.image_mode, (256, 256)), LEFT_OUT
+
+    def finish(self, image: Image.Image, label: int):
+        return self.transform(image), label
+
     def filename(self, index: int) -> str:
         """Where an image is, for people."""
         return self.reader.filename(index, absolute=True)
-
-    def _read_or_replace(self, index: int, key) -> tuple[Image.Image, int]:
-        for attempt in range(REPLACEMENTS):
-            try:
-                return self.read(index)
-            except ImageError as error:
-                self._note(error)
-            if key is None:
-                return Image.new(self.image_mode, (256, 256)), LEFT_OUT
-            index = int(np.random.default_rng((*key, attempt)).integers(len(self)))
-        raise OSError(f'{REPLACEMENTS} images that were drawn one after another can not be read.')
-
-    def _note(self, error: ImageError) -> None:
-        if self.broken_folder is None:
-            warnings.warn(f'{error} (skipped)', stacklevel=2)
-        elif error.name not in self._noted:
-            append_broken(self.broken_folder, error.name, error.reason)
-            self._noted.add(error.name)
 
 
 @HOOKS.register_module()
@@ -145,8 +204,8 @@ class BrokenImages(Hook):
     def before_run(self, runner) -> None:
         for loop in (runner.train_loop, runner.val_loop):
             dataset = None if loop is None else loop.dataloader.dataset
-            if isinstance(dataset, LabelledImages):
-                dataset.broken_folder = runner.work_dir
+            if isinstance(dataset, DrawnImages):
+                dataset.note_in(runner.work_dir)
 
     def after_run(self, runner) -> None:
         barrier()

@@ -57,8 +57,10 @@ class ImageError(OSError):
         self.name, self.reason = name, reason
 
 
-def decode(file: BinaryIO, mode: str, name: str) -> Image.Image:
+def decode(file: BinaryIO, mode: str | None, name: str) -> Image.Image:
     """The image in an open file, converted to PIL's `mode`; the first frame of several, not turned by its EXIF tag.
+
+    With None it stays in the mode that it is stored in, as maps of classes have to.
 
     Of 16-bit grey images the upper byte is taken, as Pillow does for 16-bit colours; its own conversion would clip
     them to white.
@@ -71,7 +73,11 @@ def decode(file: BinaryIO, mode: str, name: str) -> Image.Image:
     try:
         if not content:
             raise ValueError('the file is empty')
-        return _eight_bits(Image.open(io.BytesIO(content))).convert(mode)
+        image = Image.open(io.BytesIO(content))
+        if mode is None:
+            image.load()
+            return image
+        return _eight_bits(image).convert(mode)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything for a broken file

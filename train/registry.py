@@ -30,20 +30,30 @@ def _child(name: str, *modules: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='zoo', locations=[f'zoo.train.{module}' for module in modules])
 
 
-DATASETS = _child('DATASETS', 'data', 'digits')
+DATASETS = _child('DATASETS', 'data', 'dense.coco', 'dense.segmentation_data', 'digits', 'dense.scenes')
 DATA_SAMPLERS = _child('DATA_SAMPLERS', 'samplers')
 EVALUATOR = _child('EVALUATOR')
 FUNCTIONS = _child('FUNCTIONS', 'dense.task', 'tasks')
-HOOKS = _child('HOOKS', 'data', 'ema', 'hooks', 'records')
+HOOKS = _child('HOOKS', 'data', 'ema', 'hooks', 'records', 'dense.pictures')
 LOG_PROCESSORS = _child('LOG_PROCESSORS')
 LOOPS = _child('LOOPS', 'loops')
-METRICS = _child('METRICS', 'evaluation')
-MODELS = _child('MODELS', 'tasks')
+METRICS = _child('METRICS', 'evaluation', 'dense.coco_metric', 'dense.iou_metric')
+MODELS = _child(
+    'MODELS',
+    'dense.cascade',
+    'dense.detection_onestage',
+    'dense.detection_rcnn',
+    'dense.detectors',
+    'dense.necks',
+    'dense.segmentation_heads',
+    'dense.segmentors',
+    'tasks',
+)
 MODEL_WRAPPERS = _child('MODEL_WRAPPERS')
 OPTIMIZERS = _child('OPTIMIZERS', 'optim')
 OPTIM_WRAPPERS = _child('OPTIM_WRAPPERS', 'optim')
 OPTIM_WRAPPER_CONSTRUCTORS = _child('OPTIM_WRAPPER_CONSTRUCTORS', 'optim')
 PARAM_SCHEDULERS = _child('PARAM_SCHEDULERS', 'schedules')
-TRANSFORMS = _child('TRANSFORMS', 'data')
+TRANSFORMS = _child('TRANSFORMS', 'data', 'dense.transforms')
 VISBACKENDS = _child('VISBACKENDS')
 VISUALIZERS = _child('VISUALIZERS')

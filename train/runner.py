@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from zoo.backbones.checkpoints import CheckpointError, mismatches
 
 from . import checkpoints, distributed
+from .registry import FUNCTIONS
 
 __all__ = ['Runner']
 
@@ -19,6 +20,14 @@ class Runner(mmengine.runner.Runner):
 
     The config's `strategy` is 'ddp' (the default) or 'fsdp2'; sync_bn=True synchronizes BatchNorm.
     """
+
+    @staticmethod
+    def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
+        """As mmengine's, which looks for the type of collate_fn in its own registry alone."""
+        collate = dataloader.get('collate_fn') if isinstance(dataloader, dict) else None
+        if isinstance(collate, dict) and isinstance(collate.get('type'), str):
+            dataloader = {**dataloader, 'collate_fn': {**collate, 'type': FUNCTIONS.get(collate['type'])}}
+        return mmengine.runner.Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def wrap_model(self, model_wrapper_cfg, model):
         """As mmengine's, but DDP is also for the CPU, and FSDP2 is there."""

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from . import registry
 from .batches import fit
 from .config import READ, ConfigError, near
-from .data import SHARDS, STREAMS, LabelledImages, build_transform
+from .data import SHARDS, STREAMS, DrawnImages, LabelledImages, build_transform
 from .dense.features import Features
 from .dense.task import DenseTask
 from .digits import Digits
@@ -265,7 +265,8 @@ class _Validation:
         self._named_model('model.backbone', part.get('backbone'), Features)
         for name in ('neck', 'head', 'auxiliary'):
             for key, own in _each(f'model.{name}', part.get(name) or ()):
-                self.buildable(key, own, registry.MODELS, ('feature_info',), ('weight', 'level'), kind=name)
+                given = ('feature_info', 'num_classes') if name == 'auxiliary' else ('feature_info',)
+                self.buildable(key, own, registry.MODELS, given, ('weight',), kind=name)
         if not self.has_problem('model'):
             self._build_model(part, is_dense=True)
 
@@ -350,19 +351,26 @@ class _Validation:
         for place, other in enumerate(inner if isinstance(inner, list | tuple) else [inner]):
             if isinstance(other, dict):
                 self._dataset(f'{key}.datasets.{place}' if 'datasets' in part else f'{key}.dataset', other)
-        if not (isinstance(target, type) and issubclass(target, LabelledImages)):
+        if not (isinstance(target, type) and issubclass(target, DrawnImages)):
             return
         if str(part.get('reader', '')).startswith(STREAMS):
             self.report(f'{key}.reader', f'{part["reader"]!r} only streams; an exact resume needs positions.')
         transform = part.get('transform')
         if transform is not None:
-            steps = transform if isinstance(transform, list | tuple) else [transform]
-            for place, step in enumerate(steps):
-                where = f'{key}.transform.{place}' if steps is transform else f'{key}.transform'
-                self.buildable(where, step, registry.TRANSFORMS)
+            self._steps(f'{key}.transform', transform)
             if not self.has_problem(f'{key}.transform'):
                 with self.reporting(f'{key}.transform'), _random_numbers_kept():
-                    self._pictures(f'{key}.transform', build_transform(transform), part.get('image_mode', 'RGB'))
+                    built = build_transform(transform)
+                    if issubclass(target, LabelledImages):
+                        self._pictures(f'{key}.transform', built, part.get('image_mode', 'RGB'))
+
+    def _steps(self, key: str, transform) -> None:
+        """The steps of a transform, and those that a step chooses among."""
+        for where, step in _each(key, transform):
+            self.buildable(where, step, registry.TRANSFORMS)
+            inner = step.get('transforms') if isinstance(step, dict) else None
+            for place, other in enumerate(inner or ()):
+                self._steps(f'{where}.transforms.{place}', other)
 
     def _pictures(self, key: str, transform: Callable, mode: str) -> None:
         """Check what a transform makes of images against the model."""

@@ -73,7 +73,7 @@ class Toy(DenseTask):
 
 
 def test_all_is_decayed_but_what_a_recipe_exempts():
-    task = Toy(backbone={'name': 'nat_mini', 'output_norms': True})
+    task = Toy(backbone={'name': 'nat_mini', 'output_norms': 1e-5})
     groups = dense_param_groups(task, 1e-4, 0.05, no_decay=('rpb', 'norm'), backbone_lr=0.1)
     named = {parameter: name for name, parameter in task.named_parameters()}
     found = {named[p]: (group['lr'], group['weight_decay']) for group in groups for p in group['params']}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.kernels import neighborhood_attention, routing_attention, window_attention
+from zoo.kernels import crisscross_attention, neighborhood_attention, routing_attention, window_attention
 from zoo.kernels.aggregated import position_bias
 
 from .harness import packed, random
@@ -74,6 +74,13 @@ def test_window_attention_has_two_products_with_the_pixels_that_a_window_has(win
         lambda *qkv: window_attention(*qkv, window_size, dilation, offset=offset), *packed(B, H, W, HEADS, D)
     )
     assert found == (products, products * 5 // 2)
+
+
+def test_crisscross_attention_has_two_products_with_all_pixels_of_a_row_and_a_column():
+    query, key, value = random(B, H, W, HEADS, D), random(B, H, W, HEADS, D), random(B, H, W, HEADS, 5)
+    pairs = PIXELS * (H + W - 1)
+    found = counted(crisscross_attention, query, key, value)
+    assert found == (2 * pairs * (D + 5), 2 * pairs * (3 * D + 2 * 5))
 
 
 def test_a_position_bias_has_a_product_with_all_hidden_units_of_a_pair():

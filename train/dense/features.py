@@ -26,8 +26,8 @@ class Features(nn.Module):
     Args:
         name, checkpoint: of `create_backbone`.
         out_indices: levels to give; those that the model gives by default if None.
-        output_norms: normalize each map given by a LayerNorm over its channels, as the dense code of BiFormer and NAT
-            does; the model itself goes on with what isn't normalized.
+        output_norms: epsilon of a LayerNorm over the channels of each map given, as the dense code of BiFormer (1e-6)
+            and NAT (1e-5) has; the model itself goes on with what isn't normalized. None for no such norms.
         kwargs: other arguments of `create_backbone`, the model's among them (drop_path_rate, n_win, ...).
 
     Attributes:
@@ -43,7 +43,7 @@ class Features(nn.Module):
         name: str,
         checkpoint: str | None = None,
         out_indices: Sequence[int] | None = None,
-        output_norms: bool = False,
+        output_norms: float | None = None,
         **kwargs,
     ):
         super().__init__()
@@ -55,8 +55,8 @@ class Features(nn.Module):
             raise ValueError(f'{name} can not give feature maps with {kwargs}: {error}') from error
         self.feature_info = self.model.feature_info
         self.pretrained_cfg = getattr(self.model, 'pretrained_cfg', None)
-        widths = self.feature_info.channels() if output_norms else ()
-        self.norms = nn.ModuleList(LayerNorm2d(width, eps=1e-5) for width in widths)
+        widths = () if output_norms is None else self.feature_info.channels()
+        self.norms = nn.ModuleList(LayerNorm2d(width, eps=output_norms) for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = self.model(images)

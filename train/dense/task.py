@@ -17,9 +17,9 @@ __all__ = ['DenseTask', 'collate']
 
 
 @FUNCTIONS.register_module()
-def collate(samples: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """Lists of the samples' images and of their targets."""
-    images, targets = zip(*samples, strict=True)
+def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
+    """Lists of the images and of the targets of samples."""
+    images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
 
 

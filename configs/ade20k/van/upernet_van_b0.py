@@ -1,0 +1,11 @@
+"""VAN-B0, UPerNet: 41.1 mIoU published, of several scales.
+
+zoo train ade20k/van/upernet_van_b0 --cfg-options model.backbone.checkpoint=FILE
+
+configs/upernet/1k_pretrained. Figure: README.md.
+"""
+
+_base_ = './_upernet.py'
+
+model = dict(backbone=dict(name='van_b0', drop_path_rate=0.1))
+recipe = dict(drop_path=0.1)

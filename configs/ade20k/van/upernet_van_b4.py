@@ -1,0 +1,12 @@
+"""VAN-B4, UPerNet: 52.2 mIoU published, of several scales.
+
+zoo train ade20k/van/upernet_van_b4 --cfg-options model.backbone.checkpoint=FILE
+
+configs/upernet/1k_pretrained. Figure: README.md.
+"""
+
+_base_ = './_upernet.py'
+
+model = dict(backbone=dict(name='van_b4', drop_path_rate=0.4))
+total_batch = 32
+recipe = dict(drop_path=0.4, total_batch=32)

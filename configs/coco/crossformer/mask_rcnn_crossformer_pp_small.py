@@ -1,0 +1,15 @@
+"""CrossFormer++-S, Mask R-CNN 1x: 46.4 box AP, 42.1 mask AP published.
+
+zoo train coco/crossformer/mask_rcnn_crossformer_pp_small --cfg-options model.backbone.checkpoint=FILE
+
+Groups of 7 at intervals of 8, 4, 2 and 1, unlike classification.
+detection/configs/crossformer_pp/mask_rcnn_crossformerpp_s*.
+Drop path: detection/crossformer_factory.py. Figures: README.md.
+"""
+
+_base_ = './_mask_rcnn.py'
+
+model = dict(
+    backbone=dict(name='crossformer_pp_small', drop_path_rate=0.2, group_sizes=(7, 7, 7, 7), intervals=(8, 4, 2, 1))
+)
+recipe = dict(drop_path=0.2)

@@ -1,0 +1,17 @@
+"""UPerNet on VAN-B0, untrained, on scenes of digits: a class for the canvas and one for each digit.
+
+zoo train dense_demo/upernet_van_b0
+"""
+
+_base_ = ['../_base_/dense_demo.py', '../_base_/runtime.py']
+
+train_dataloader = dict(dataset=dict(type='DigitSceneMasks', root='data/digit_scenes', split='train'))
+val_dataloader = dict(dataset=dict(type='DigitSceneMasks', root='data/digit_scenes', split='test'))
+val_evaluator = dict(type='MeanIoU')
+model = dict(
+    type='Segmentor',
+    backbone=dict(name='van_b0'),
+    head=dict(type='UPerHead', num_classes=11, channels=64),
+    auxiliary=[dict(type='FCNHead', level=2, channels=64, weight=0.4)],
+)
+default_hooks = dict(checkpoint=dict(best='mIoU'))

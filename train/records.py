@@ -5,6 +5,7 @@ each line of curve.jsonl, or `after_speed(runner, record)`, with each line of sp
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -105,7 +106,8 @@ class Curve(Hook):
 
     @master_only
     def after_val_epoch(self, runner, metrics=None) -> None:
-        self._append(runner, runner.iter, **metrics)
+        measured = {name: value for name, value in metrics.items() if not math.isnan(value)}  # which is not JSON
+        self._append(runner, runner.iter, **measured)
 
     @master_only
     def after_train(self, runner) -> None:

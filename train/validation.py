@@ -31,6 +31,7 @@ from . import registry
 from .batches import fit
 from .config import READ, ConfigError, near
 from .data import SHARDS, STREAMS, DrawnImages, LabelledImages, build_transform
+from .dense.annotations import AnnotatedImages
 from .dense.features import Features
 from .dense.task import DenseTask
 from .digits import Digits
@@ -583,6 +584,8 @@ class _Validation:
                     self._file(f'model.{name}.{key}', part[key])
         if self.cfg.get('load_from'):
             self._file('load_from', self.cfg['load_from'])
+        for name in ('train', 'val', 'test'):
+            self._annotated(f'{name}_dataloader.dataset')
         loaders = [f'{name}_dataloader' for name in ('train', 'val', 'test')]
         found = [self._classes(loader) for loader in loaders]
         count = None if self.model is None else self.model.num_classes
@@ -604,6 +607,17 @@ class _Validation:
             cure = f'but the training data has {len(train)} classes: give {len(train)}.'
             problems.append(('model.backbone.num_classes', f'{count}, {cure}'))
         return problems
+
+    def _annotated(self, key: str) -> None:
+        """Whether the folders and files of a dense dataset are there; what is in them, the dataset itself looks at."""
+        part = (self.cfg.get(key.partition('.')[0]) or {}).get('dataset')
+        target = _find(registry.DATASETS, part.get('type')) if isinstance(part, dict) else None
+        if not (isinstance(target, type) and issubclass(target, AnnotatedImages)) or target.writes:
+            return
+        for name in ('root', 'images', 'masks', 'annotations'):
+            path = part.get(name)
+            if path is not None and not (isinstance(path, str | os.PathLike) and Path(path).expanduser().exists()):
+                self.report(f'{key}.{name}', f'there is no {"file" if name == "annotations" else "folder"} {path}.')
 
     def _file(self, key: str, path: str) -> None:
         if not isinstance(path, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""Mask R-CNN on VAN-B0, untrained, on scenes of digits: narrow heads, a level of stride 4 to 32.
+"""Mask R-CNN on a shallow VAN-B0, untrained, on scenes of digits: narrow heads, a level of stride 4 to 32.
 
 zoo train dense_demo/mask_rcnn_van_b0
 """
@@ -10,7 +10,7 @@ val_dataloader = dict(dataset=dict(type='DigitScenes', root='data/digit_scenes',
 val_evaluator = dict(type='CocoAP', iou_types=('bbox', 'segm'))
 model = dict(
     type='Detector',
-    backbone=dict(name='van_b0'),
+    backbone=dict(name='van_b0', depths=(1, 1, 2, 1), mlp_ratios=(4, 4, 4, 4)),
     neck=dict(type='FPN', out_channels=64, extra_levels=1),
     head=dict(
         type='MaskRCNN',

@@ -1,4 +1,4 @@
-"""UPerNet on VAN-B0, untrained, on scenes of digits: a class for the canvas and one for each digit.
+"""UPerNet on a shallow VAN-B0, untrained, on scenes of digits: a class for the canvas and one for each digit.
 
 zoo train dense_demo/upernet_van_b0
 """
@@ -10,7 +10,7 @@ val_dataloader = dict(dataset=dict(type='DigitSceneMasks', root='data/digit_scen
 val_evaluator = dict(type='MeanIoU')
 model = dict(
     type='Segmentor',
-    backbone=dict(name='van_b0'),
+    backbone=dict(name='van_b0', depths=(1, 1, 2, 1), mlp_ratios=(4, 4, 4, 4)),
     head=dict(type='UPerHead', num_classes=11, channels=64),
     auxiliary=[dict(type='FCNHead', level=2, channels=64, weight=0.4)],
 )

@@ -73,7 +73,10 @@ class AnnotatedImages(DrawnImages):
 
     Attributes:
         findings: what is broken.
+        writes: whether the class writes its files itself where they aren't.
     """
+
+    writes = False
 
     def __init__(self, transform, on_error: str):
         super().__init__(on_error)

@@ -150,7 +150,7 @@ def _weights(size: int, new_size: int) -> np.ndarray:
 
 
 def write(folder: Path | str, train: int = 1000, test: int = 200, seed: int = 0) -> Path:
-    """Write that many scenes of each split, and return the folder.
+    """Write that many scenes of each split, and return the folder; it needs scikit-learn.
 
     In it are images/<split>/NNNNN.png; annotations/<split>.json, as COCO's, the category of digit d being 1 + d;
     masks/<split>/NNNNN.png, class maps with 0 for the canvas and 1 + d for digit d; and scenes.json, which says what is
@@ -242,6 +242,8 @@ class DigitScenes(CocoInstances):
         kwargs: other arguments of `CocoInstances`.
     """
 
+    writes = True
+
     def __init__(self, root, split: str, train: int = 1000, test: int = 200, seed: int = 0, **kwargs):
         _check_split(split)
         folder = write(root, train, test, seed)
@@ -258,6 +260,8 @@ class DigitSceneMasks(SegmentationFolder):
         split: 'train' or 'test'.
         kwargs: other arguments of `SegmentationFolder`.
     """
+
+    writes = True
 
     def __init__(self, root, split: str, train: int = 1000, test: int = 200, seed: int = 0, **kwargs):
         _check_split(split)

@@ -192,10 +192,6 @@ class Segmentor(DenseTask):
             raise ValueError(f'test could not be understood: {error}') from error
         self.to(memory_format=self.memory_format)
 
-    @property
-    def num_classes(self) -> int:
-        return self.head.num_classes
-
     def loss(self, images: Sequence[Tensor], targets: Sequence[dict]) -> dict[str, Tensor]:
         """Of a training batch: `loss_segmentation`, `loss_auxiliary` with auxiliary heads, and `accuracy`.
 

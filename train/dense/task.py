@@ -24,7 +24,7 @@ def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[di
 
 
 class DenseTask(BaseModel):
-    """A backbone and a neck, for a head of a subclass.
+    """A backbone and a neck, for the head of a subclass.
 
     Args:
         backbone: `name` and other arguments of `Features`.
@@ -76,6 +76,10 @@ class DenseTask(BaseModel):
             self.backbone.set_grad_checkpointing(True)
         if compile:
             self.backbone.compile(**(compile if isinstance(compile, dict) else {}))
+
+    @property
+    def num_classes(self) -> int:
+        return self.head.num_classes
 
     def init_weights(self) -> None:
         """Nothing: parts come initialized or loaded, and mmengine would call their init_weights again."""

@@ -152,7 +152,7 @@ class FasterRCNN(TwoStage):
 
 @MODELS.register_module()
 class MaskRCNN(FasterRCNN):
-    """Mask R-CNN: FasterRCNN, with its arguments, and four convolutions of 256 for masks of 28 x 28."""
+    """Mask R-CNN: FasterRCNN, with its arguments, and four convolutions for masks of 28 x 28."""
 
     def __init__(self, feature_info: FeatureInfo, num_classes: int, **kwargs):
         super().__init__(feature_info, num_classes, masks=True, **kwargs)

@@ -78,17 +78,17 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return super().forward(x) if x.is_cuda else _BatchNorm.forward(self, x)
 
 
-def _box_head(kind: str, channels: int, norm: str | None) -> nn.Module:
+def _box_head(kind: str, channels: int, norm: str | None, width: int) -> nn.Module:
     norms = {None: None, 'bn': nn.BatchNorm2d, 'syncbn': SyncBatchNorm}
     if kind not in ('2fc', '4conv1fc'):
         raise ValueError(f"box_head must be '2fc' or '4conv1fc', got {kind!r}.")
     if norm not in norms:
         raise ValueError(f"norm must be None, 'bn' or 'syncbn', got {norm!r}.")
     if kind == '4conv1fc':
-        return FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [1024], norm_layer=norms[norm])
+        return FastRCNNConvFCHead((channels, 7, 7), [256] * 4, [width], norm_layer=norms[norm])
     if norm is not None:
         raise ValueError(f"norm={norm!r} is of convolutions: box_head='2fc' has none.")
-    return TwoMLPHead(channels * 7 * 7, 1024)
+    return TwoMLPHead(channels * 7 * 7, width)
 
 
 class RoIStage(RoIHeads):
@@ -98,7 +98,8 @@ class RoIStage(RoIHeads):
         channels, strides: of the levels to pool from.
         num_classes: K, without the background.
         masks: whether to predict masks.
-        box_head: '2fc', two layers of 1024, or '4conv1fc', four convolutions of 256 and a layer of 1024.
+        box_head: '2fc', two layers of box_width, or '4conv1fc', four convolutions of 256 and a layer of box_width.
+        box_width, mask_width: of the layers on boxes, and of the four convolutions on masks.
         norm: of the convolutions of '4conv1fc': 'bn', 'syncbn' or None.
         box_loss: 'smooth_l1' on the deltas, torchvision's, or 'giou' on the boxes, weighted by 10; either is summed
             over positives and divided by the number of samples.
@@ -120,6 +121,8 @@ class RoIStage(RoIHeads):
         masks: bool = False,
         box_head: str = '2fc',
         norm: str | None = None,
+        box_width: int = 1024,
+        mask_width: int = 256,
         box_loss: str = 'smooth_l1',
         class_agnostic: bool = False,
         iou_threshold: float = 0.5,
@@ -134,8 +137,8 @@ class RoIStage(RoIHeads):
             raise ValueError(f"box_loss must be 'smooth_l1' or 'giou', got {box_loss!r}.")
         super().__init__(
             RoIPool(strides, 7),
-            _box_head(box_head, channels, norm),
-            BoxPredictor(1024, num_classes + 1, class_agnostic),
+            _box_head(box_head, channels, norm, box_width),
+            BoxPredictor(box_width, num_classes + 1, class_agnostic),
             iou_threshold,
             iou_threshold,
             samples,
@@ -148,8 +151,8 @@ class RoIStage(RoIHeads):
         self.box_loss = box_loss
         if masks:
             self.mask_roi_pool = RoIPool(strides, 14)
-            self.mask_head = MaskRCNNHeads(channels, (256,) * 4, 1)
-            self.mask_predictor = _MaskPredictor(256, 256, num_classes + 1)
+            self.mask_head = MaskRCNNHeads(channels, (mask_width,) * 4, 1)
+            self.mask_predictor = _MaskPredictor(mask_width, mask_width, num_classes + 1)
 
     def boxes(self, maps: dict[str, Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (N, K + 1) and deltas (N, 4 (K + 1)) of the proposals of all images, in float32."""

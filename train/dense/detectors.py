@@ -174,19 +174,33 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], thres
     side = probabilities.shape[-1]
     cells = torch.arange(side, device=boxes.device)
 
-    def weights(start: Tensor, end: Tensor, pixels: int) -> Tensor:  # (N, pixels, M)
-        centres = torch.arange(pixels, device=boxes.device) + 0.5
+    def window(start: Tensor, end: Tensor, pixels: int) -> slice:
+        """Where weights of a box are not zero: up to half a cell beyond it."""
+        start, end = float(start.nan_to_num()), float(end.nan_to_num())
+        margin = max(end - start, 0) / side / 2 + 1
+        first = min(max(int(start - margin), 0), pixels)
+        return slice(first, min(max(int(end + margin) + 1, first), pixels))
+
+    def weights(start: Tensor, end: Tensor, pixels: slice) -> Tensor:  # (N, pixels, M)
+        centres = torch.arange(pixels.start, pixels.stop, device=boxes.device) + 0.5
         extent = (end - start).clamp(min=torch.finfo(boxes.dtype).tiny)
         position = (centres - start[:, None]) / extent[:, None] * side - 0.5
         return (1 - (position[..., None] - cells).abs()).clamp(min=0)
 
-    masks = boxes.new_empty((len(boxes), *size), dtype=torch.bool)
+    # In parts: a hundred masks of a million pixels are 400 MB. On a CPU each in its window alone, but where a window
+    # would have to be waited for, in all of the image.
+    is_cpu = boxes.device.type == 'cpu'
+    part = 1 if is_cpu else 16
+    rows, columns = (slice(0, length) for length in size)
+    masks = boxes.new_full((len(boxes), *size), threshold <= 0, dtype=torch.bool)
     with torch.autocast(boxes.device.type, enabled=False):
-        for start in range(0, len(boxes), 16):  # in parts: a hundred masks of a million pixels are 400 MB
-            own = slice(start, start + 16)
+        for start in range(0, len(boxes), part):
+            own = slice(start, start + part)
             x0, y0, x1, y1 = boxes[own].unbind(1)
-            values = weights(y0, y1, size[0]) @ probabilities[own] @ weights(x0, x1, size[1]).mT
-            masks[own] = values >= threshold
+            if is_cpu:
+                rows, columns = window(y0, y1, size[0]), window(x0, x1, size[1])
+            values = weights(y0, y1, rows) @ probabilities[own] @ weights(x0, x1, columns).mT
+            masks[own, rows, columns] = values >= threshold
     return masks
 
 

@@ -3,8 +3,10 @@
 from .biformer import BiFormer
 from .crossformer import CrossFormer
 from .crossvit_dynamic import DynamicCrossViT
+from .dhvt import DHVT
 from .dinat_s import DiNATS
 from .ecanet import ECAMobileNetV2, ECAResNet
+from .fcaformer import FcaFormer
 from .glnet import GLNet, TokenLabelGLNet
 from .halonet import DynamicHaloNet, HaloNet
 from .illama import ILLaMA
@@ -15,11 +17,15 @@ from .nat import NAT
 from .overlock import OverLoCK
 from .shvit_distilled import DistilledSHViT
 from .smt import SMT
+from .spectformer import SpectFormer
+from .spectformer_h import HierarchicalSpectFormer, TokenLabelSpectFormer
 from .stvit import SViT
 from .transnext import TransNeXt
 from .van import VAN
+from .vsa import ViTAEv2VSA
 
 __all__ = [
+    'DHVT',
     'NAT',
     'SMT',
     'VAN',
@@ -31,14 +37,19 @@ __all__ = [
     'DynamicHaloNet',
     'ECAMobileNetV2',
     'ECAResNet',
+    'FcaFormer',
     'GLNet',
     'HaloNet',
+    'HierarchicalSpectFormer',
     'ILLaMA',
     'LITv2',
     'MaxViT',
     'MoHTransNeXt',
     'OverLoCK',
     'SViT',
+    'SpectFormer',
     'TokenLabelGLNet',
+    'TokenLabelSpectFormer',
     'TransNeXt',
+    'ViTAEv2VSA',
 ]

@@ -65,7 +65,7 @@ class Columnar(ImageChecks, VisionTransformer):
         """The authors' state dict under our keys, with positions for the model's size; ours passes through."""
         state_dict = rename(state_dict, self.official_keys)
         positions = state_dict.get('pos_embed')
-        if positions is not None and positions.shape[1] != self.pos_embed.shape[1]:
+        if positions is not None and self.pos_embed is not None and positions.shape[1] != self.pos_embed.shape[1]:
             state_dict['pos_embed'] = resample_abs_pos_embed(
                 positions, list(self.patch_embed.grid_size), num_prefix_tokens=self.num_prefix_tokens, antialias=False
             )

@@ -31,10 +31,17 @@ SMALLEST = (
     'moh_transnext_small_80',
     'eca_resnet18',
     'eca_mobilenetv2_100',
+    'spectformer_tiny',
+    'spectformer_h_s',
+    'vitaev2_vsa_s',
+    'fcaformer_l1',
+    'dhvt_tiny_imagenet_patch16',
 )
 
 # Arguments that keep a family's structure in a model small enough for a quick test.
 TINY = {
+    'fcaformer_l1': dict(dims=(16, 32, 32, 48), depths=(1, 1, 3, 2), num_heads=(0, 0, 2, 3)),
+    'dhvt_tiny_imagenet_patch16': dict(embed_dim=32, depth=3, num_heads=2),
     'biformer_tiny': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
     'biformer_stl': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
     'biformer_stl_nchw': dict(dims=(32, 64, 64, 64), depths=(1, 1, 2, 1)),
@@ -47,6 +54,16 @@ TINY = {
     'crossformer_pp_small': dict(dim=32, depths=(2, 2, 4, 1), num_heads=(1, 2, 2, 4)),
     'transnext_micro': dict(dims=(24, 48, 48, 96), depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4)),
     'smt_t': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(0, 0, 2, 4)),
+    'spectformer_tiny': dict(embed_dim=32, depth=3, spectral_depth=2, num_heads=2),
+    'spectformer_h_s': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(0, 0, 2, 4), stem_dim=16),
+    'vitaev2_vsa_s': dict(
+        patch_dims=(16, 16, 32, 64),
+        dims=(16, 32, 64, 128),
+        depths=(1, 1, 2, 1),
+        num_heads=(1, 2, 4, 4),
+        reduction_heads=(1, 1, 2, 4),
+    ),
+    'spectformer_h_s_notoken': dict(dims=(16, 32, 32, 64), depths=(1, 1, 2, 1), num_heads=(0, 0, 2, 4), stem_dim=16),
     'moh_transnext_small_80': dict(
         dims=(24, 48, 72, 96),
         depths=(1, 1, 2, 1),

@@ -17,6 +17,7 @@ from .validation import validate
 __all__ = ['measure']
 
 OF_TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'val_dataloader', 'val_cfg')
+MMENGINES_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 # Hooks that measure too; others have nothing to do, or begin with the training.
 OF_MEASURING = ('DensePictures',)
 
@@ -58,8 +59,7 @@ def measure(
             cfg[key] = None
         hooks = [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]
         cfg.custom_hooks = [hook for hook in hooks if hook and hook.get('type') in OF_MEASURING]
-        names = {'runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint'}
-        cfg.default_hooks = dict.fromkeys({*names, *(cfg.get('default_hooks') or ())})
+        cfg.default_hooks = dict.fromkeys(MMENGINES_HOOKS)
         cfg.work_dir, cfg.launcher, cfg.resume = str(folder), launcher, False
         cfg.experiment_name = f'{folder.name}_{uuid.uuid4().hex}'
         runner = Runner.from_cfg(cfg)

@@ -17,7 +17,7 @@ PATTERNS = os.environ['ZOO_MODELS'].split(',')
 TORCHSCRIPT = ('van_*',)
 # Sequences of tokens, which timm leaves out of its tests of maps, as it does its own: of these it names crossvit_*.
 TIMMS_NON_STANDARD = 'crossvit_*'
-NON_STANDARD = (TIMMS_NON_STANDARD, 'illama_*')
+NON_STANDARD = (TIMMS_NON_STANDARD, 'dhvt_*', 'illama_*', 'spectformer_[!h]*')
 OURS = catalogue.variant_names(registered_by_zoo=True)
 
 _list_models = timm.list_models

@@ -1,5 +1,6 @@
 """The command line `zoo`: the words of the Python interface, with tables. Commands import what they need on use."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -450,6 +451,101 @@ def features_(
         console.print(f'[bold red]Images that can not be read: {len(result.broken)}[/]; see {result.broken_list}.')
 
 
+@app.command('export')
+def export_(
+    name: Annotated[str, typer.Argument(help='A model of the zoo or of timm, such as nat_mini.')],
+    format: Annotated[str, typer.Option(help='onnx, pt2 (torch.export) or safetensors.')] = 'onnx',
+    output: Annotated[Path | None, typer.Option(help='The file to write; NAME.FORMAT without.')] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights: the authors', timm's or of a run.")] = None,
+    pretrained: Annotated[bool, typer.Option('--pretrained', help='Download the weights.')] = False,
+    features: Annotated[
+        bool | None, typer.Option('--features/--logits', help='Maps of the pyramid (the default), or logits.')
+    ] = None,
+    image_size: Annotated[
+        tuple[int, int] | None, typer.Option(help="Height and width, in place of the model's own.", metavar='H W')
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option('--dynamic/--static', help='Free batch and image size, or one shape with a batch of 1.')
+    ] = True,
+    fixed_size: Annotated[bool, typer.Option('--fixed-size', help='Of these the batch alone is free.')] = False,
+    operators: Annotated[
+        bool, typer.Option('--operators', help="Keep the zoo's operators in a pt2, for programs that import zoo.")
+    ] = False,
+    fuse: Annotated[bool, typer.Option('--fuse', help='Merge BatchNorms before.')] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; PyTorch's default without.")] = None,
+    num_classes: _NumClasses = None,
+    model_kwargs: Annotated[list[str] | None, typer.Option(help='key=value of the model; repeatable.')] = None,
+) -> None:
+    """A model as a file for other runtimes, written only if it computes what the model does."""
+    import zoo
+
+    try:
+        kwargs = _values(model_kwargs)
+        if num_classes is None and checkpoint is not None:
+            num_classes = _classes_in(checkpoint, name)
+        if num_classes is not None:
+            kwargs['num_classes'] = num_classes
+        with console.status(f'{name} as {format} …'):
+            written = zoo.export(
+                name,
+                output or Path(f'{name}.{format}'),
+                format,
+                outputs=None if features is None else 'features' if features else 'logits',
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                image_size=image_size,
+                dynamic='batch' if dynamic and fixed_size else dynamic,
+                operators=operators,
+                fuse=fuse,
+                opset=opset,
+                **kwargs,
+            )
+    except (*_failures(), zoo.ExportError) as error:
+        _fail(error)
+    table = Table('', 'shape', 'differs by', title=str(written.path))
+    if written.image_shape:
+        table.add_row('images', _shape(written.image_shape), '', end_section=True)
+    for output in written.outputs:
+        table.add_row(output.name, _shape(output.shape), f'{output.difference:.0e}')
+    if written.sides:
+        table.add_section()
+        table.add_row('height, width', f'{written.sides}', '')
+    if written.checked:
+        table.add_row('compared on', ', '.join(map(_shape, written.checked)), '', end_section=True)
+    beside = f', with {written.beside.name}' if written.beside else ''
+    table.add_row('size', f'{written.bytes / 1e6:,.1f} MB{beside}', '')
+    console.print(table)
+    if not pretrained and checkpoint is None:
+        console.print('The weights are random: --checkpoint FILE or --pretrained takes trained ones.')
+
+
+def _shape(shape: tuple) -> str:
+    return ' x '.join(map(str, shape))
+
+
+def _values(given: list[str] | None) -> dict:
+    """Python's literals of key=value; what is none is text."""
+    from ast import literal_eval
+
+    if any('=' not in option for option in given or ()):
+        raise ValueError(f'--model-kwargs takes key=value, got {given}.')
+    found = dict(option.split('=', 1) for option in given or ())
+    for key, text in found.items():
+        with contextlib.suppress(ValueError, SyntaxError):
+            found[key] = literal_eval(text)
+    return found
+
+
+def _classes_in(checkpoint: Path, name: str) -> int | None:
+    """Number of classes of a checkpoint, if it can be told."""
+    from zoo.backbones import adopted
+    from zoo.backbones.checkpoints import rename, unwrap
+    from zoo.models import read_checkpoint
+    from zoo.train.tasks import stored_classes
+
+    return stored_classes(rename(unwrap(read_checkpoint(checkpoint), name), adopted.official_keys(name)), name)
+
+
 @app.command()
 def check(
     name: Annotated[str, typer.Argument(help='A model of the zoo or of timm, such as van_b0.')],
@@ -485,6 +581,7 @@ _bench('kernels', 'The operators against what else there is')
 _bench('models', 'Models as multiples of resnet50')
 _bench('loader', 'Loader, model and both, images a second')
 _bench('training', 'The training loop beside a bare one')
+_bench('dense', 'Data and post-processing of detectors and segmentors, their memory by backbone')
 _bench('report', 'All recorded results as tables')
 
 

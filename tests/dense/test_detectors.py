@@ -524,6 +524,28 @@ def test_a_mask_cut_as_the_loss_does_is_pasted_where_it_was():
     assert paste_masks(torch.ones(0, 28, 28), torch.ones(0, 4), (12, 15)).shape == (0, 12, 15)
 
 
+@pytest.mark.parametrize('size', [(41, 150), (200, 33)])
+def test_a_mask_pasted_in_its_window_is_the_one_of_the_whole_image(size):
+    corners = torch.rand(30, 2) * torch.tensor([size[1], size[0]]) * 1.4 - 20  # some begin or end beyond the image
+    boxes = torch.cat([corners, corners + torch.rand(30, 2) ** 3 * 2 * torch.tensor([size[1], size[0]])], dim=1)
+    boxes[0, 2:] = boxes[0, :2]  # no area
+    boxes[1] += 1000  # outside
+    boxes[2] = boxes[2].round()
+    boxes[3, 0] = float('nan')
+    probabilities = torch.rand(30, 28, 28)
+
+    def weights(start, end, pixels):
+        extent = (end - start).clamp(min=torch.finfo(torch.float32).tiny)
+        position = (torch.arange(pixels) + 0.5 - start) / extent * 28 - 0.5
+        return (1 - (position[:, None] - torch.arange(28)).abs()).clamp(min=0)
+
+    for threshold in (0.5, 0.1):
+        pasted = paste_masks(probabilities, boxes, size, threshold)
+        for mask, own, (x0, y0, x1, y1) in zip(pasted, probabilities, boxes, strict=True):
+            expected = weights(y0, y1, size[0]) @ own @ weights(x0, x1, size[1]).mT >= threshold
+            assert torch.equal(mask, expected)
+
+
 # What is refused
 
 

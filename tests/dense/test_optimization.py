@@ -120,6 +120,13 @@ def test_a_batch_is_normalized_and_padded_to_its_largest_image():
         task.batch([])
 
 
+def test_images_are_padded_to_what_added_levels_need():
+    neck = {'type': 'FPN', 'strides': (8, 16, 32, 64)}
+    assert Toy(backbone={'name': 'shvit_s1'}, neck=neck).feature_info.reduction() == [8, 16, 32, 64]
+    with pytest.raises(ValueError, match='finer than stride 16, of which size_divisor must be a multiple, got 8'):
+        Toy(backbone={'name': 'shvit_s1'}, neck=neck, size_divisor=8)
+
+
 def test_frozen_norms_keep_their_statistics_and_learn_their_weights():
     task = Toy(backbone={'name': 'test_resnet'}, frozen_norms=True).train()
     norms = [module for module in task.backbone.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -176,7 +176,7 @@ def paste_masks(probabilities: Tensor, boxes: Tensor, size: Sequence[int], thres
 
     def window(start: Tensor, end: Tensor, pixels: int) -> slice:
         """Where weights of a box are not zero: up to half a cell beyond it."""
-        start, end = float(start.nan_to_num()), float(end.nan_to_num())
+        start, end = (float(edge.detach().nan_to_num()) for edge in (start, end))
         margin = max(end - start, 0) / side / 2 + 1
         first = min(max(int(start - margin), 0), pixels)
         return slice(first, min(max(int(end + margin) + 1, first), pixels))

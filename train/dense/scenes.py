@@ -23,10 +23,11 @@ __all__ = ['CLASSES', 'SPLITS', 'DigitSceneMasks', 'DigitScenes', 'Scene', 'make
 SPLITS = ('train', 'test')
 CLASSES = tuple('0123456789')
 SIDES = (112, 160)  # of a canvas
-SIZES = (20, 48)  # of a digit's 8x8 pixels enlarged
-DIGITS = (2, 6)  # in a scene
+SIZES = (32, 64)  # of a digit's 8x8 pixels enlarged
+DIGITS = (2, 4)  # in a scene
 INK = 0.35  # of the darkest pixel's, from which on a pixel is the digit's
 VISIBLE = 0.6  # of a digit's pixels, at least, after others have been pasted over it
+CANVAS, DIGIT = (20, 100), (110, 256)  # channels of their colours: digits are the brighter ones
 CONTRAST = 110  # between a digit and its canvas, at least: distance in RGB
 DIFFERENCE = 60  # between digits of a scene
 TRIES = 30  # places for a digit, before it is left out
@@ -75,7 +76,7 @@ def make_scene(digits: np.ndarray, labels: np.ndarray, split: str, index: int, s
     """
     generator = np.random.default_rng((seed, SPLITS.index(split), index))
     height, width = generator.integers(SIDES[0], SIDES[1] + 1, 2)
-    background = generator.integers(30, 226, 3)
+    background = generator.integers(*CANVAS, 3)
     image = _canvas(generator, height, width, background)
     owner = np.full((height, width), -1)  # which digit a pixel shows
     pasted, areas, colours = [], [], []
@@ -112,7 +113,7 @@ def _place(generator, owner: np.ndarray, mask: np.ndarray, areas: list[int]) -> 
 def _colour(generator, background: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
     """A colour that is told from the background, after the darkening of pale strokes too, and from other digits'."""
     while True:
-        colour = generator.integers(0, 256, 3)
+        colour = generator.integers(*DIGIT, 3)
         contrast = min(np.linalg.norm(shade * colour - background) for shade in (1, 0.7))
         difference = min((np.linalg.norm(colour - other) for other in others), default=np.inf)
         if contrast >= CONTRAST and difference >= DIFFERENCE:

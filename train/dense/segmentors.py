@@ -236,17 +236,18 @@ class Segmentor(DenseTask):
         """Of each class at each pixel of an image (C, H, W) of bytes: float32 (K, H, W), a mean over all views."""
         image = image.to(self.mean.device, self.mean.dtype)
         size = image.shape[-2:]
-        total, count = 0, 0
+        total, count = None, 0
         for view in self.views.sizes(*size):
             resized = image[None]
             if view != tuple(size):
                 resized = F.interpolate(resized, view, mode='bilinear', align_corners=False, antialias=True)
             resized = self.normalize(resized).contiguous(memory_format=self.memory_format)
-            for axes in [(), (-1,)] if self.views.flip else [()]:
-                logits = self.logits(resized.flip(axes)).flip(axes)
-                total = total + resize(logits, size).softmax(1)[0]
+            for is_mirrored in (False, True) if self.views.flip else (False,):
+                logits = self.logits(resized.flip(-1)).flip(-1) if is_mirrored else self.logits(resized)
+                own = resize(logits, size).softmax(1)[0]
+                total = own if total is None else total.add_(own)  # in place: there are gigabytes of a large image
                 count += 1
-        return total / count
+        return total.div_(count) if count > 1 else total
 
     def logits(self, images: Tensor) -> Tensor:
         """Of each pixel of a normalized batch (B, C, H, W), as a test computes them: (B, K, H, W), float32."""

@@ -23,6 +23,15 @@ def collate(batch: Sequence[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[di
     return list(images), list(targets)
 
 
+def _check_divisor(size_divisor: int, neck: nn.Module) -> None:
+    """ValueError if a neck that adds finer levels would give them other sizes than images of that padding have."""
+    if getattr(neck, 'finer', 0) and size_divisor % neck.in_strides[0]:
+        raise ValueError(
+            f'{type(neck).__name__} makes levels finer than stride {neck.in_strides[0]}, of which size_divisor must be '
+            f'a multiple, got {size_divisor}.'
+        )
+
+
 class DenseTask(BaseModel):
     """A backbone and a neck, for the head of a subclass.
 
@@ -63,6 +72,7 @@ class DenseTask(BaseModel):
         info = self.backbone.feature_info
         for config in [neck] if isinstance(neck, dict) else neck or ():
             self.neck.append(MODELS.build({**config, 'feature_info': info}))
+            _check_divisor(size_divisor, self.neck[-1])
             info = self.neck[-1].feature_info
         self.feature_info: FeatureInfo = info
         stored = resolve_model_data_config(self.backbone)

@@ -1,4 +1,4 @@
-"""What the demonstrations share: 1,000 scenes of digits to train on, written to data/digit_scenes, and 200 to test on.
+"""What the demonstrations share: 2,000 scenes of digits to train on, written to data/digit_scenes, and 200 to test on.
 
 The digits are handwritten ones, of other writers in the tests; the scenes that they are pasted into are drawn.
 """
@@ -25,5 +25,5 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = dict(type='DenseLR', by_epoch=False, sched='cosine', warmup_steps=50, warmup_start=0.01)
-train_cfg = dict(type='TrainLoop', max_epochs=8, val_interval=8)
+train_cfg = dict(type='TrainLoop', max_epochs=4, val_interval=4)
 custom_hooks = [dict(type='DensePictures')]

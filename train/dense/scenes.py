@@ -23,10 +23,10 @@ __all__ = ['CLASSES', 'SPLITS', 'DigitSceneMasks', 'DigitScenes', 'Scene', 'make
 SPLITS = ('train', 'test')
 CLASSES = tuple('0123456789')
 SIDES = (112, 160)  # of a canvas
-SIZES = (32, 64)  # of a digit's 8x8 pixels enlarged
+SIZES = (40, 64)  # of a digit's 8x8 pixels enlarged
 DIGITS = (2, 4)  # in a scene
 INK = 0.35  # of the darkest pixel's, from which on a pixel is the digit's
-VISIBLE = 0.6  # of a digit's pixels, at least, after others have been pasted over it
+VISIBLE = 0.9  # of a digit's pixels, at least, after others have been pasted over it
 CANVAS, DIGIT = (20, 100), (110, 256)  # channels of their colours: digits are the brighter ones
 CONTRAST = 110  # between a digit and its canvas, at least: distance in RGB
 DIFFERENCE = 60  # between digits of a scene
@@ -150,7 +150,7 @@ def _weights(size: int, new_size: int) -> np.ndarray:
     return weights
 
 
-def write(folder: Path | str, train: int = 1000, test: int = 200, seed: int = 0) -> Path:
+def write(folder: Path | str, train: int = 2000, test: int = 200, seed: int = 0) -> Path:
     """Write that many scenes of each split, and return the folder; it needs scikit-learn.
 
     In it are images/<split>/NNNNN.png; annotations/<split>.json, as COCO's, the category of digit d being 1 + d;
@@ -245,7 +245,7 @@ class DigitScenes(CocoInstances):
 
     writes = True
 
-    def __init__(self, root, split: str, train: int = 1000, test: int = 200, seed: int = 0, **kwargs):
+    def __init__(self, root, split: str, train: int = 2000, test: int = 200, seed: int = 0, **kwargs):
         _check_split(split)
         folder = write(root, train, test, seed)
         kwargs.setdefault('training', split == 'train')
@@ -264,7 +264,7 @@ class DigitSceneMasks(SegmentationFolder):
 
     writes = True
 
-    def __init__(self, root, split: str, train: int = 1000, test: int = 200, seed: int = 0, **kwargs):
+    def __init__(self, root, split: str, train: int = 2000, test: int = 200, seed: int = 0, **kwargs):
         _check_split(split)
         folder = write(root, train, test, seed)
         super().__init__(folder / 'images' / split, folder / 'masks' / split, ('background', *CLASSES), **kwargs)

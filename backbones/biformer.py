@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels import routing_attention
-from .checkpoints import checkpoint_filter_fn
-from .layers import BatchNorm, PaddedConv2d, apply_nchw, pad_bottom_right
+from .checkpoints import as_linear, checkpoint_filter_fn
+from .layers import BatchNorm, PaddedConv2d, Stem, apply_nchw, pad_bottom_right
 from .pyramid import Pyramid
 from .registration import variants
 
@@ -156,13 +156,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stem(nn.Sequential):
-    """The first downsampling: (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), C)."""
-
-    def forward(self, x):
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-
-
 class Downsample(nn.Sequential):
     """A downsampling between stages: (B, H, W, C) -> (B, ceil(H/2), ceil(W/2), C')."""
 
@@ -272,10 +265,7 @@ class BiFormer(Pyramid):
 
     def map_official(self, state_dict):
         """The authors' keys to ours; their refactored code's 1x1 convolutions become linears."""
-        return {
-            key: value[:, :, 0, 0] if getattr(value, 'ndim', 0) == 4 and value.shape[2:] == (1, 1) else value
-            for key, value in super().map_official(state_dict).items()
-        }
+        return {key: as_linear(value) for key, value in super().map_official(state_dict).items()}
 
     @torch.no_grad()
     def routes(self, images) -> list[dict]:

@@ -9,13 +9,35 @@ import torch
 
 from . import adopted, catalogue
 
-__all__ = ['CheckpointError', 'checkpoint_filter_fn', 'misfit', 'mismatches', 'rename', 'to_own_keys']
+__all__ = [
+    'PVT_KEYS',
+    'SWIN_KEYS',
+    'CheckpointError',
+    'as_linear',
+    'checkpoint_filter_fn',
+    'misfit',
+    'mismatches',
+    'rename',
+    'to_own_keys',
+]
 
 WRAPPERS = ('state_dict', 'model')  # what the authors' training scripts put a state dict under
 PARALLEL = 'module.'  # what DataParallel puts before each key
 SHOWN = 10  # keys listed of each kind in an error
 # What filters raise that meet another model's tensors.
 NOT_THEIRS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Rules for `rename`, the keys of families built after PVT (v2), and after Swin, to those of a pyramid.
+PVT_KEYS = (
+    (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
+    (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
+    (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
+    (r'\.dwconv\.dwconv\.', '.dwconv.'),
+)
+SWIN_KEYS = (
+    (r'^patch_embed\.', 'stages.0.downsample.'),
+    (r'^layers\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
+    (r'^layers\.', 'stages.'),
+)
 ALIKE = 0.2  # least share of a variant's keys that a checkpoint has, for its family to be a guess
 
 
@@ -99,6 +121,12 @@ def rename(state_dict: Mapping, rules) -> dict:
             key = re.sub(pattern, replacement, key)
         renamed[key] = value
     return renamed
+
+
+def as_linear(tensor):
+    """The weight (out, in, 1, 1) of a pointwise convolution as that of a linear (out, in); anything else as it is."""
+    is_pointwise = getattr(tensor, 'ndim', 0) == 4 and tensor.shape[2:] == (1, 1)
+    return tensor.flatten(1) if is_pointwise else tensor
 
 
 def mismatches(given: Mapping, wanted: Mapping, lenient: tuple[str, ...] = ()) -> str:

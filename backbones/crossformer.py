@@ -7,14 +7,14 @@ cheerss/CrossFormer (MIT).
 """
 
 import torch
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates
+from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
 from ..kernels import window_attention
-from .checkpoints import checkpoint_filter_fn
-from .layers import apply_nchw, pad_to_stride
+from .checkpoints import SWIN_KEYS, checkpoint_filter_fn
+from .layers import PreNormBlock, apply_nchw, pad_to_stride, pairs
 from .pyramid import Pyramid
 from .registration import variants
 
@@ -111,8 +111,8 @@ class DynamicPositionBias(nn.Module):
         biases = self.pos3(self.pos2(self.pos1(self.pos_proj(offsets.to(dtype)))))  # (offsets, heads)
         row = rows[:, None] - rows + height - 1  # (queries, keys)
         column = columns[:, None] - columns + width - 1
-        index = row[:, None, :, None] * (2 * width - 1) + column[:, None, :]
-        return biases.T.index_select(1, index.flatten()).view(-1, height * width, height * width)
+        table = biases.T.unflatten(1, (2 * height - 1, 2 * width - 1))
+        return pairs(table, row, column).flatten(3).flatten(1, 2)
 
 
 @register_notrace_module
@@ -152,24 +152,7 @@ class GroupAttention(nn.Module):
         return f'num_heads={self.num_heads}, group_size={self.group_size}, interval={self.interval}'
 
 
-class Block(nn.Module):
-    """Pre-norm transformer block of group attention. (B, H, W, C) -> same."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class CooledBlock(Block):
+class CooledBlock(PreNormBlock):
     """A block and an amplitude cooling layer, which nothing bypasses (CrossFormer++)."""
 
     def __init__(self, dim: int, *args, device=None, dtype=None, **kwargs):
@@ -199,11 +182,7 @@ class CrossFormer(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = tuple(f'stages.0.downsample.projs.{i}' for i in range(len(SCALES)))
-    official_keys = [
-        (r'^patch_embed\.', 'stages.0.downsample.'),
-        (r'^layers\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
-        (r'^layers\.', 'stages.'),
-    ]
+    official_keys = [*SWIN_KEYS]
     # Buffers of one image size, which the first release stored.
     constants = ('.attn.biases', '.attn.relative_position_index', '.attn_mask')
 
@@ -228,8 +207,9 @@ class CrossFormer(Pyramid):
         def block(i, j):
             width = dim * 2**i
             attn = GroupAttention(width, num_heads[i], group_sizes[i], intervals[i] if j % 2 else 1, **dd)
+            mlp = Mlp(width, int(width * mlp_ratio), **dd)
             is_cooled = cooling and (j + 1) % COOLING_INTERVAL == 0 and j + 1 < depths[i]
-            return (CooledBlock if is_cooled else Block)(width, attn, mlp_ratio, rates[i][j], **dd)
+            return (CooledBlock if is_cooled else PreNormBlock)(width, attn, mlp, rates[i][j], **dd)
 
         for i, depth in enumerate(depths):
             width = dim * 2**i

@@ -7,9 +7,9 @@ import torch
 from timm.layers import calculate_drop_path_rates
 from torch import nn
 
-from .checkpoints import checkpoint_filter_fn
-from .layers import PaddedConv2d, pad_bottom_right
-from .nat import Block, Tokenizer, block_dilations
+from .checkpoints import SWIN_KEYS, checkpoint_filter_fn
+from .layers import PaddedConv2d, PatchEmbed, pad_bottom_right
+from .nat import Block, block_dilations
 from .pyramid import Pyramid
 from .registration import variants
 
@@ -48,11 +48,7 @@ class DiNATS(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.proj'
-    official_keys = [
-        (r'^patch_embed\.', 'stages.0.downsample.'),
-        (r'^layers\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
-        (r'^layers\.', 'stages.'),
-    ]
+    official_keys = [*SWIN_KEYS]
 
     def __init__(
         self,
@@ -73,7 +69,7 @@ class DiNATS(Pyramid):
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                PatchMerging(width // 2, **dd) if i else Tokenizer(patches, dim, **dd),
+                PatchMerging(width // 2, **dd) if i else PatchEmbed(patches, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, MLP_RATIO, rate, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import BatchNorm, apply_nchw, by_images
-from .pyramid import Pyramid
+from .layers import BatchNorm, Stem, apply_nchw, by_images, pairs
+from .pyramid import Pyramid, init_truncated
 from .registration import variants
 
 __all__ = ['FcaFormer', 'ForwardCrossAttention', 'checkpoint_filter_fn']
@@ -53,8 +53,7 @@ def between_pixels(table: torch.Tensor) -> torch.Tensor:
     H, W = table.shape[1:]
     y, x = (torch.arange(side, device=table.device) for side in (H, W))
     rows, columns = (y[:, None] - y).abs(), (x[:, None] - x).abs()
-    index = rows[:, None, :, None] * W + columns[:, None, :]  # (H, W, H, W)
-    return table.flatten(1).index_select(1, index.flatten()).view(-1, H * W, H * W)
+    return pairs(table, rows, columns).flatten(3).flatten(1, 2)
 
 
 @register_notrace_module
@@ -241,17 +240,6 @@ class Block(nn.Module):
         return (x, *cross_tokens, *new) if new else x
 
 
-class PatchEmbed(nn.Sequential):
-    """Two strided convolutions. (B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), C)."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(ConvNorm(in_chans, dim // 2, 3, 2, **dd), nn.GELU(), ConvNorm(dim // 2, dim, 3, 2, **dd))
-
-    def forward(self, x):
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
-
-
 class PatchMerging(nn.Module):
     """An inverted bottleneck with stride 2. (B, H, W, in) -> (B, ceil(H / 2), ceil(W / 2), out)."""
 
@@ -281,6 +269,7 @@ class FcaFormer(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.0.c'
+    init_module = staticmethod(init_truncated)
     official_keys = [
         (r'^patch_embed\.seq\.', 'stages.0.downsample.'),
         (r'^layer_(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
@@ -317,12 +306,16 @@ class FcaFormer(Pyramid):
 
         for i, dim in enumerate(dims):
             self.add_stage(
-                PatchMerging(dims[i - 1], dim, **dd) if i else PatchEmbed(self.in_chans, dim, **dd),
+                PatchMerging(dims[i - 1], dim, **dd) if i else self._stem(dim, **dd),
                 [block(i, j) for j in range(depths[i])],
                 num_chs=dim,
                 stride=2 if i else 4,
             )
         self.finish()
+
+    def _stem(self, dim: int, **dd) -> Stem:
+        half = dim // 2
+        return Stem(ConvNorm(self.in_chans, half, 3, 2, **dd), nn.GELU(), ConvNorm(half, dim, 3, 2, **dd))
 
     @torch.jit.ignore
     def make_head(self, in_features: int, num_classes: int, pool_type: str, drop_rate: float, device=None, dtype=None):
@@ -331,14 +324,6 @@ class FcaFormer(Pyramid):
         return ClNormMlpClassifierHead(
             in_features, num_classes, None, pool_type, drop_rate, norm_layer=nn.LayerNorm, **dd
         )
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions and linears truncated normal, with a standard deviation of 0.02."""
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
         """The authors' state dict under our keys, with biases for the model's size; ours passes through."""

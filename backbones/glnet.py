@@ -19,7 +19,7 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoints import checkpoint_filter_fn
+from .checkpoints import as_linear, checkpoint_filter_fn
 from .layers import BatchNorm, ConvMlp, PaddedConv2d, apply_nchw
 from .pyramid import Pyramid
 from .registration import variants
@@ -283,13 +283,8 @@ class GLNet(Pyramid):
 
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
         """The authors' state dict under our keys; 1x1 convolutions become linears, (1, C, 1, 1) scales vectors."""
-
-        def reshaped(key, value):
-            if getattr(value, 'ndim', 0) != 4 or value.shape[2:] != (1, 1):
-                return value
-            return value.flatten() if key.endswith('.gamma') else value.flatten(1)
-
-        return {key: reshaped(key, value) for key, value in super().map_official(state_dict).items()}
+        mapped = {key: as_linear(value) for key, value in super().map_official(state_dict).items()}
+        return {key: value.flatten() if key.endswith('.gamma') else value for key, value in mapped.items()}
 
 
 class TokenLabelHead(ClassifierHead):

@@ -9,23 +9,25 @@ Original code: techmonsterwang/iLLaMA (without a licence).
 from functools import partial
 
 import torch
-from timm.layers import DropPath, RmsNorm, SwiGLU, apply_rot_embed_cat
+from timm.layers import RmsNorm, SwiGLU, apply_rot_embed_cat
 from timm.models import register_notrace_module
 from torch import nn
 
 from .checkpoints import checkpoint_filter_fn
 from .columnar import Columnar
+from .layers import PreNormBlock
 from .registration import variants
 
 __all__ = ['ILLaMA', 'checkpoint_filter_fn']
 
-NORM_EPS = 1e-6
 GLU_MULTIPLE = 256  # of the width of the perceptrons, as in LLaMA
 BASE_ARGUMENTS = {
     *('img_size', 'patch_size', 'in_chans', 'num_classes', 'global_pool', 'drop_rate', 'pos_drop_rate'),
     *('dynamic_img_size', 'dynamic_img_pad', 'device', 'dtype'),
 }
 BASE = 10000  # of the wavelengths of the rotary positions
+
+Norm = partial(RmsNorm, eps=1e-6)
 
 
 def rotary_embedding(length: int, head_dim: int, device=None) -> torch.Tensor:
@@ -70,22 +72,15 @@ class CausalAttention(nn.Module):
         return f'num_heads={self.num_heads}'
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """Pre-norm block of a decoder. (B, 1 + N, C) -> same."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float = 0.0, device=None, dtype=None, **_):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
         hidden_dim = -(-int(2 * 4 * dim / 3) // GLU_MULTIPLE) * GLU_MULTIPLE
-        self.norm1 = RmsNorm(dim, eps=NORM_EPS, **dd)
-        self.attn = CausalAttention(dim, num_heads, **dd)
-        self.norm2 = RmsNorm(dim, eps=NORM_EPS, **dd)
-        self.mlp = SwiGLU(dim, hidden_dim, bias=False, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attn = CausalAttention(dim, num_heads, **dd)
+        mlp = SwiGLU(dim, hidden_dim, bias=False, **dd)
+        super().__init__(dim, attn, mlp, drop_path, Norm, **dd)
 
 
 class ILLaMA(Columnar):
@@ -108,7 +103,7 @@ class ILLaMA(Columnar):
             depth=depth,
             num_heads=num_heads,
             drop_path_rate=drop_path_rate,
-            norm_layer=partial(RmsNorm, eps=NORM_EPS),
+            norm_layer=Norm,
             block_fn=Block,
             **base,
         )

@@ -1,13 +1,29 @@
-"""Layers that several families share: convolutions and norms on channels-last maps, padding at the bottom and right."""
+"""Layers that several families share: blocks, patches, convolutions and norms of channels-last maps, padding."""
 
 from collections.abc import Callable
 
 import torch
+from timm.layers import DropPath, LayerScale
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ['BatchNorm', 'ConvMlp', 'PaddedConv2d', 'SameConv2d', 'apply_nchw', 'by_images', 'pad_bottom_right']
+__all__ = [
+    'BatchNorm',
+    'ConvMlp',
+    'Downsample',
+    'PaddedConv2d',
+    'PatchEmbed',
+    'PointwiseConv',
+    'PreNormBlock',
+    'SameConv2d',
+    'Stem',
+    'apply_nchw',
+    'by_images',
+    'pad_bottom_right',
+    'pad_to_stride',
+    'pairs',
+]
 
 # Pixels of images that CPU inference takes at a time through what is wide inside, so that this stays in cache.
 TOKENS = 1568
@@ -45,6 +61,84 @@ def pad_to_stride(x: torch.Tensor, stride: tuple[int, int]) -> torch.Tensor:
     return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
+def pairs(table: torch.Tensor, row_index: torch.Tensor, column_index: torch.Tensor) -> torch.Tensor:
+    """The bias of each pixel for each key, (heads, H, W, key rows, key columns).
+
+    Args:
+        table: biases (heads, rows, columns) by where keys lie from pixels.
+        row_index, column_index: in it, of each pair along an axis: (H, key rows), (W, key columns).
+    """
+    index = row_index[:, None, :, None] * table.shape[2] + column_index[:, None]
+    return table.flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+class PreNormBlock(nn.Module):
+    """The residual block of transformers: x + attn(norm1(x)), and then the same with the perceptron. Any map -> same.
+
+    Args:
+        dim: channels.
+        attn: the token mixer, whatever it mixes by.
+        mlp: the perceptron.
+        drop_path: rate of stochastic depth, of both.
+        norm_layer: what makes a norm of `dim` channels.
+        layer_scale: initial value of the scales of the two residual branches; no scales if None.
+        scale_layer: what makes a scale of `dim` channels and an initial value: LayerScale2d for (B, C, H, W) maps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        layer_scale: float | None = None,
+        scale_layer: Callable[..., nn.Module] = LayerScale,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.ls1 = scale_layer(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = mlp
+        self.ls2 = scale_layer(dim, layer_scale, **dd) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Stem(nn.Sequential):
+    """Convolutions and norms of images. (B, in_chans, H, W) -> (B, rows, columns, C)."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+
+
+class PatchEmbed(nn.Module):
+    """A strided convolution (or several), `proj`, and a norm. (B, in_chans, H, W) -> (B, rows, columns, dim)."""
+
+    def __init__(self, proj: nn.Module, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.proj = proj
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+
+    def forward(self, x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class Downsample(PatchEmbed):
+    """The same between stages, of maps (B, H, W, C)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2))
+
+
 class ConvMlp(nn.Module):
     """A perceptron whose hidden layer passes, or has added to it, a depthwise 3x3 convolution. (B, H, W, C) -> same."""
 
@@ -61,6 +155,13 @@ class ConvMlp(nn.Module):
         x = self.fc1(x)
         near = apply_nchw(self.dwconv, x)
         return self.fc2(self.act(x + near if self.residual else near))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of channels-last maps or tokens, as a product of matrices. (..., in) -> (..., out)."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class PaddedConv2d(nn.Conv2d):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 from ..kernels import window_attention
-from .checkpoints import checkpoint_filter_fn
+from .checkpoints import SWIN_KEYS, checkpoint_filter_fn
 from .layers import ConvMlp, PaddedConv2d, pad_bottom_right, pad_to_stride
 from .pyramid import Pyramid, init_conv
 from .registration import variants
@@ -155,12 +155,7 @@ class LITv2(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.proj'
-    official_keys = [
-        (r'^patch_embed\.', 'stages.0.downsample.'),
-        (r'^layers\.(\d)\.blocks\.', r'stages.\1.blocks.'),
-        (r'^layers\.(\d)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.'),
-        (r'\.dwconv\.dwconv\.', '.dwconv.'),
-    ]
+    official_keys = [*SWIN_KEYS, (r'\.dwconv\.dwconv\.', '.dwconv.')]
 
     def __init__(
         self,

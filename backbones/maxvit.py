@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..kernels import window_attention
 from . import checkpoints
 from .checkpoints import CheckpointError
-from .layers import SameConv2d
+from .layers import PreNormBlock, SameConv2d
 from .pyramid import Pyramid, init_conv
 from .registration import variants
 
@@ -149,7 +149,7 @@ class Attention(nn.Module):
         return f'window_size={self.window_size}, is_grid={self.is_grid}, num_heads={self.num_heads}'
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(PreNormBlock):
     """Pre-norm transformer block of block attention or grid attention. (B, H, W, C) -> same."""
 
     def __init__(
@@ -161,17 +161,10 @@ class TransformerBlock(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, **dd)
-        self.attn = Attention(dim, window_size, is_grid, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, **dd)
-        self.mlp = Mlp(dim, EXPANSION * dim, act_layer=GELU, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attn = Attention(dim, window_size, is_grid, **dd)
+        mlp = Mlp(dim, EXPANSION * dim, act_layer=GELU, **dd)
+        super().__init__(dim, attn, mlp, drop_path, partial(nn.LayerNorm, eps=LAYER_NORM_EPS), **dd)
 
 
 class Block(nn.Module):

@@ -5,17 +5,17 @@ Original code: SHI-Labs/Neighborhood-Attention-Transformer (MIT).
 """
 
 import torch
-from timm.layers import DropPath, LayerScale, Mlp, calculate_drop_path_rates
+from timm.layers import Mlp, calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import nn
 
 from ..kernels import neighborhood_attention
 from .checkpoints import checkpoint_filter_fn
-from .layers import apply_nchw, pad_bottom_right
+from .layers import PatchEmbed, PreNormBlock, apply_nchw, pad_bottom_right
 from .pyramid import Pyramid
 from .registration import variants
 
-__all__ = ['NAT', 'Block', 'NeighborhoodAttention', 'Tokenizer', 'block_dilations', 'checkpoint_filter_fn']
+__all__ = ['NAT', 'Block', 'NeighborhoodAttention', 'block_dilations', 'checkpoint_filter_fn']
 
 
 @register_notrace_module
@@ -53,7 +53,7 @@ class NeighborhoodAttention(nn.Module):
         return f'num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}'
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """Pre-norm transformer block of neighborhood attention. (B, H, W, C) -> same."""
 
     def __init__(
@@ -68,32 +68,10 @@ class Block(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, **dd)
-        self.attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, **dd)
-        self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
-        self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
-
-
-class Tokenizer(nn.Module):
-    """A projection of the image, of stride 4, and a norm. (B, in_chans, H, W) -> (B, ceil(H/4), ceil(W/4), dim)."""
-
-    def __init__(self, proj: nn.Module, dim: int, device=None, dtype=None):
-        super().__init__()
-        self.proj = proj
-        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
-
-    def forward(self, x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        attn = NeighborhoodAttention(dim, num_heads, kernel_size, dilation, **dd)
+        mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        super().__init__(dim, attn, mlp, drop_path, layer_scale=layer_scale, **dd)
 
 
 class Downsample(nn.Module):
@@ -165,7 +143,7 @@ class NAT(Pyramid):
         for i, heads in enumerate(num_heads):
             width = dim * 2**i
             self.add_stage(
-                Downsample(width // 2, **dd) if i else Tokenizer(convolutions, dim, **dd),
+                Downsample(width // 2, **dd) if i else PatchEmbed(convolutions, dim, **dd),
                 [
                     Block(width, heads, kernel_size, dilation, mlp_ratio, rate, layer_scale, **dd)
                     for dilation, rate in zip(block_dilations(dilations[i], depths[i]), rates[i], strict=True)

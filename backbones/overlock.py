@@ -7,31 +7,19 @@ Original code: LMMMEng/OverLoCK (Apache-2.0).
 """
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    SqueezeExcite,
-    calculate_drop_path_rates,
-    get_device_dtype,
-)
-from timm.models import register_notrace_function, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, get_device_dtype
+from timm.models import register_notrace_function
 from torch import nn
 from torch.nn import functional as F
 
-from ..kernels.neighborhood.reference import neighbors
 from .checkpoints import checkpoint_filter_fn, rename
-from .pyramid import Pyramid
+from .contmix import ContextMixing
+from .large_kernel import DILATED, GlobalResponseNorm, ResidualConv2d, conv_norm, large_conv, squeeze_excite
+from .pyramid import Pyramid, init_truncated
 from .registration import variants
 
 __all__ = ['OverLoCK', 'checkpoint_filter_fn']
 
-# (size, dilation) of the convolutions that are trained beside a large one, by its size; together they fit into it.
-DILATED = {
-    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
-    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
-    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
-    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
-}
 SMALL_KERNEL = 5  # of the dynamic convolution of half of the heads
 POOLED = 7  # side of the map that the guide's keys are pooled to
 MLP_RATIO, FOCUS_MLP_RATIO = 4, 3
@@ -59,108 +47,6 @@ class Scale(nn.Module):
 
     def forward(self, x):
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, 0])
-
-
-class ResidualConv2d(nn.Conv2d):
-    """A depthwise 3x3 convolution added to its input. (B, C, H, W) -> same."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x):
-        return x + super().forward(x)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Conv2d:
-        """The convolution whose kernel holds the shortcut too."""
-        dim, like = self.in_channels, self.weight
-        conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=like.device, dtype=like.dtype)
-        conv.load_state_dict(self.state_dict())
-        conv.weight[:, :, 1, 1] += 1
-        return conv
-
-
-@register_notrace_module
-class DilatedReparamConv(nn.Module):
-    """A large depthwise convolution, trained as a sum of itself and dilated smaller ones (UniRepLKNet, 2311.15599).
-
-    In evaluation they are one convolution: their kernels are merged on each call, or for good by `reparameterize`, as
-    `zoo.fuse` does. (B, C, H, W) -> same.
-    """
-
-    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.kernel_size = kernel_size
-        self.lk_origin = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False, **dd)
-        self.origin_bn = nn.BatchNorm2d(dim, **dd)
-        self.dil_convs, self.dil_bns = nn.ModuleDict(), nn.ModuleDict()
-        for size, dilation in DILATED[kernel_size]:
-            name = f'k{size}_{dilation}'
-            padding = dilation * (size // 2)
-            self.dil_convs[name] = nn.Conv2d(dim, dim, size, 1, padding, dilation, groups=dim, bias=False, **dd)
-            self.dil_bns[name] = nn.BatchNorm2d(dim, **dd)
-
-    def branches(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        return [
-            (self.lk_origin, self.origin_bn),
-            *((conv, self.dil_bns[name]) for name, conv in self.dil_convs.items()),
-        ]
-
-    def merged(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Kernel (C, 1, size, size) and bias (C) of the one convolution."""
-        kernel = torch.zeros_like(self.lk_origin.weight)
-        bias = torch.zeros_like(self.origin_bn.bias)
-        for conv, norm in self.branches():
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            margin = self.kernel_size // 2 - conv.padding[0]
-            taps = slice(margin, self.kernel_size - margin, conv.dilation[0])
-            kernel[:, :, taps, taps] += conv.weight * scale[:, None, None, None]
-            bias = bias + norm.bias - norm.running_mean * scale
-        return kernel, bias
-
-    def forward(self, x):
-        if self.training:
-            return sum(norm(conv(x)) for conv, norm in self.branches())
-        kernel, bias = self.merged()
-        return F.conv2d(x, kernel, bias, padding=self.kernel_size // 2, groups=len(kernel))
-
-    def reparameterize(self) -> nn.Conv2d:
-        kernel, bias = self.merged()
-        conv = large_conv(len(kernel), self.kernel_size, True, device=kernel.device, dtype=kernel.dtype)
-        conv.load_state_dict({'weight': kernel, 'bias': bias})
-        return conv
-
-
-def large_conv(dim: int, kernel_size: int, inference_mode: bool, device=None, dtype=None) -> nn.Module:
-    """A large depthwise convolution, in the form to train or, in `inference_mode`, already merged."""
-    dd = {'device': device, 'dtype': dtype}
-    if inference_mode:
-        return nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, **dd)
-    return DilatedReparamConv(dim, kernel_size, **dd)
-
-
-def squeeze_excite(dim: int, device=None, dtype=None) -> SqueezeExcite:
-    return SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU, device=device, dtype=dtype)
-
-
-class GlobalResponseNorm(nn.Module):
-    """Scale channels by their norms over the map, relative to each other (arXiv 2301.00808). (B, C, H, W) -> same."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.empty(1, dim, 1, 1, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.gamma)
-        nn.init.zeros_(self.beta)
-
-    def forward(self, x):
-        norm = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)
-        scale = self.gamma * (norm / (norm.mean(1, keepdim=True) + 1e-6)) + 1
-        return torch.addcmul(self.beta, x, scale)
 
 
 class ConvMlp(nn.Module):
@@ -207,12 +93,6 @@ class Block(nn.Module):
         x = self.dwconv(x)
         y = self.se(self.bn(self.conv(self.norm(x))))
         return self.ls(x) + self.drop_path(self.mlp(y))
-
-
-def conv_norm(in_dim: int, dim: int, kernel_size: int = 1, stride: int = 1, device=None, dtype=None) -> nn.Sequential:
-    dd = {'device': device, 'dtype': dtype}
-    conv = nn.Conv2d(in_dim, dim, kernel_size, stride, kernel_size // 2, bias=False, **dd)
-    return nn.Sequential(conv, nn.BatchNorm2d(dim, **dd))
 
 
 class Stem(nn.Sequential):
@@ -266,122 +146,6 @@ class Overview(nn.Module):
         return torch.cat([x, guide], dim=1), guide, coarse, *logits
 
 
-def aggregate(weights: torch.Tensor, value: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Weighted sums of the values in each pixel's window: the second product of neighborhood attention.
-
-    The taps of a row of a window are spread over the whole row of the map, so that the sums of a row of pixels are one
-    matrix product: some zeros are multiplied, but no window is gathered. Memory grows with H * W * W.
-
-    Args:
-        weights: (B, heads, H, W, kernel_size, kernel_size), rows first.
-        value: (B, heads, H, W, head_dim).
-        columns, rows: of the map, that each column (W, kernel_size) and row (H, kernel_size) of windows holds.
-
-    Returns:
-        (B, heads, H, W, head_dim).
-    """
-    spread = weights.new_zeros(*weights.shape[:5], value.shape[3])
-    spread = spread.scatter(-1, columns[:, None, :].expand_as(weights), weights)  # (B, heads, H, W, kernel_size, W)
-    return spread.flatten(4) @ value[:, :, rows].flatten(3, 4)
-
-
-@register_notrace_module
-class ContextMixing(nn.Module):
-    """Dynamic convolution by kernels made for each pixel from its affinity to the guide (the paper's ContMix).
-
-    Half of the heads have a small kernel, half a large one. Kernels are shifted inward at borders, not padded.
-    (B, dim + guide_dim, H, W) -> same.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        guide_dim: int,
-        num_heads: int,
-        kernel_size: int,
-        inference_mode: bool = False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        width = dim + guide_dim
-        self.split = [dim, guide_dim]
-        self.num_heads = 2 * num_heads  # of each kernel
-        self.head_dim = dim // (2 * self.num_heads)
-        self.scale = (dim // self.num_heads) ** -0.5  # as the authors have it, for half of the channels
-        self.kernel_sizes = (SMALL_KERNEL, kernel_size)
-        self.fusion = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, groups=width, **dd),
-            nn.BatchNorm2d(width, **dd),
-            nn.GELU(),
-            nn.Conv2d(width, dim, 1, **dd),
-            GlobalResponseNorm(dim, **dd),
-        )
-        self.gate = nn.Sequential(*conv_norm(dim, dim, **dd), nn.SiLU())
-        self.lepe = nn.Sequential(large_conv(dim, kernel_size, inference_mode, **dd), nn.BatchNorm2d(dim, **dd))
-        self.weight_query = conv_norm(dim, dim // 2, **dd)
-        self.weight_key = conv_norm(guide_dim, dim // 2, **dd)
-        self.weight_proj = nn.Conv2d(POOLED**2, sum(size**2 for size in self.kernel_sizes), 1, **dd)
-        self.rpb1, self.rpb2 = (
-            nn.Parameter(torch.empty(self.num_heads, 2 * size - 1, 2 * size - 1, **dd)) for size in self.kernel_sizes
-        )
-        self.dyconv_proj = conv_norm(dim, dim, **dd)
-        self.se_layer = squeeze_excite(dim, **dd)
-        self.proj = nn.Sequential(nn.BatchNorm2d(dim, **dd), nn.Conv2d(dim, width, 1, **dd))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.rpb1)
-        nn.init.zeros_(self.rpb2)
-
-    def forward(self, x):
-        value = self.fusion(x)
-        gate, local = self.gate(value), self.lepe(value)
-        size, short, kernel = x.shape[2:], min(x.shape[2:]), self.kernel_sizes[1]
-        if short < kernel:
-            larger = [int(kernel / short * side) for side in size]
-            value, x = (F.interpolate(each, larger, mode='bilinear') for each in (value, x))
-        mixed = self.mix(value, x)
-        if short < kernel:
-            mixed = F.adaptive_avg_pool2d(mixed, size)
-        return self.proj(gate * self.se_layer(self.dyconv_proj(mixed) + local))
-
-    def mix(self, value, x):
-        """The dynamic convolution of (B, dim, H, W) by kernels from (B, dim + guide_dim, H, W)."""
-        _, _, H, W = value.shape
-        x, guide = x.split(self.split, dim=1)
-        query = self.heads(self.weight_query(x) * self.scale)
-        key = self.heads(self.weight_key(F.adaptive_avg_pool2d(guide, POOLED)))
-        # The authors project affinities, query @ key.mT, to taps: the keys projected give the same and are much fewer.
-        taps = self.weight_proj.weight.flatten(1) @ key  # (B, heads, taps, head_dim)
-        squares = [size**2 for size in self.kernel_sizes]
-        parts = zip(
-            self.kernel_sizes,
-            taps.split(squares, dim=2),
-            self.weight_proj.bias.split(squares),
-            (self.rpb1, self.rpb2),
-            self.heads(value).chunk(2, dim=1),
-            strict=True,
-        )
-        mixed = []
-        for size, taps, bias, table, values in parts:
-            rows, row_offsets = neighbors(H, size, 1, x.device)
-            columns, column_offsets = neighbors(W, size, 1, x.device)
-            bias = table[:, row_offsets[:, None, :, None], column_offsets[:, None, :]] + bias.view(size, size)
-            scores = query @ taps.mT + bias.flatten(3).flatten(1, 2)  # (B, heads, H * W, size^2)
-            weights = scores.softmax(-1).unflatten(-1, (size, size)).unflatten(2, (H, W))
-            mixed.append(aggregate(weights, values.unflatten(2, (H, W)), columns, rows))
-        return torch.cat(mixed, dim=1).permute(0, 1, 4, 2, 3).flatten(1, 2)
-
-    def heads(self, x):
-        """(B, C, H, W) -> (B, heads, H * W, head_dim)."""
-        return x.flatten(2).unflatten(1, (-1, self.head_dim)).mT
-
-    def extra_repr(self):
-        return f'num_heads={self.num_heads}, kernel_sizes={self.kernel_sizes}'
-
-
 class FocusBlock(nn.Module):
     """Block of the focus net: a context-mixing dynamic convolution and a perceptron.
 
@@ -410,7 +174,8 @@ class FocusBlock(nn.Module):
         self.h_scale = None if is_first else Scale(guide_dim, **dd)
         self.dwconv1 = ResidualConv2d(width, **dd)
         self.norm1 = LayerNorm2d(width, **dd)
-        self.mix = ContextMixing(dim, guide_dim, num_heads, kernel_size, inference_mode, **dd)
+        kernel_sizes = (SMALL_KERNEL, kernel_size)
+        self.mix = ContextMixing(dim, guide_dim, num_heads, kernel_sizes, POOLED, inference_mode, **dd)
         self.ls1 = Scale(width, **dd)  # of the shortcut, as ls2
         self.dwconv2 = ResidualConv2d(width, **dd)
         self.norm2 = LayerNorm2d(width, **dd)
@@ -488,6 +253,7 @@ class OverLoCK(Pyramid):
     """
 
     first_conv = 'stages.0.downsample.0'
+    init_module = staticmethod(init_truncated)
 
     def __init__(
         self,
@@ -556,14 +322,6 @@ class OverLoCK(Pyramid):
 
     def _to_fmt(self, x, fmt: str):
         return super()._to_fmt(x[0] if isinstance(x, tuple) else x, fmt)
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions and linears truncated normal, with a standard deviation of 0.02."""
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

@@ -18,7 +18,15 @@ from torch import nn
 
 from .checkpoints import rename
 
-__all__ = ['ImageChecks', 'Pyramid', 'Stage', 'check_images', 'init_conv']
+__all__ = [
+    'ImageChecks',
+    'Pyramid',
+    'Stage',
+    'check_images',
+    'init_conv',
+    'init_conv_and_linear',
+    'init_truncated',
+]
 
 STEM = r'^stem|^stages\.0\.downsample'  # parameters before the first block
 MIN_SIZE = 32  # pixels a side: one pixel of the level with stride 32
@@ -51,6 +59,26 @@ def init_conv(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def init_linear(module: nn.Module) -> None:
+    """A linear's weights truncated normal with a standard deviation of 0.02; other modules stay."""
+    if isinstance(module, nn.Linear):
+        init_truncated(module)
+
+
+def init_conv_and_linear(module: nn.Module) -> None:
+    """Convolutions by their fan-out, linears truncated normal."""
+    init_conv(module)
+    init_linear(module)
+
+
+def init_truncated(module: nn.Module) -> None:
+    """Convolutions and linears truncated normal, with a standard deviation of 0.02."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -163,10 +191,7 @@ class Pyramid(nn.Module):
     @staticmethod
     def init_module(module: nn.Module) -> None:
         """The family's initialisation of one module; by default truncated normal (std 0.02) linears."""
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        init_linear(module)
 
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
         """The authors' state dict under our keys, without constants; ours passes through."""

@@ -6,22 +6,25 @@ globally; the third alternates between the two.
 Original code: AFeng-x/SMT (MIT).
 """
 
+from functools import partial
+
 import torch
-from timm.layers import DropPath, LayerScale, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoints import checkpoint_filter_fn
-from .layers import ConvMlp, PaddedConv2d, apply_nchw
-from .pyramid import Pyramid, init_conv
+from .checkpoints import PVT_KEYS, checkpoint_filter_fn
+from .layers import ConvMlp, Downsample, PaddedConv2d, PreNormBlock, apply_nchw
+from .pyramid import Pyramid, init_conv_and_linear
 from .registration import variants
 
 __all__ = ['SMT', 'checkpoint_filter_fn']
 
 KERNEL_SIZES = (3, 5, 7, 9)  # section 3.1: one for each head of the modulation
 EXPANSION = 2  # of the channels where the scales are mixed
-NORM_EPS = 1e-6  # of the norms outside the patch embeddings
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # outside the patch embeddings
 
 
 @register_notrace_module
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2).unflatten(1, (H, W)) + local)
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """Pre-norm block of modulation, or of attention with `num_heads` heads. (B, H, W, C) -> same."""
 
     def __init__(
@@ -88,19 +91,10 @@ class Block(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, **dd)
-        self.attn = Attention(dim, num_heads, **dd) if num_heads else ScaleAwareModulation(dim, **dd)
-        self.ls1 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), residual=True, **dd)
-        self.ls2 = LayerScale(dim, layer_scale, **dd) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        attn = Attention(dim, num_heads, **dd) if num_heads else ScaleAwareModulation(dim, **dd)
+        mlp = ConvMlp(dim, int(dim * mlp_ratio), residual=True, **dd)
+        super().__init__(dim, attn, mlp, drop_path, LayerNorm, layer_scale, **dd)
 
 
 class Stem(nn.Module):
@@ -120,19 +114,6 @@ class Stem(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1))
 
 
-class PatchEmbed(nn.Module):
-    """Overlapping patches. (B, H, W, in) -> (B, ceil(H / 2), ceil(W / 2), out)."""
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x):
-        return self.norm(apply_nchw(self.proj, x))
-
-
 class SMT(Pyramid):
     """Scale-Aware Modulation Meet Transformer.
 
@@ -148,16 +129,14 @@ class SMT(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.conv1'
+    init_module = staticmethod(init_conv_and_linear)
     official_keys = [
         (r'^patch_embed1\.conv\.0\.', 'stages.0.downsample.conv1.'),
         (r'^patch_embed1\.conv\.1\.', 'stages.0.downsample.bn.'),
         (r'^patch_embed1\.conv\.3\.', 'stages.0.downsample.conv2.'),
-        (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
-        (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
-        (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
+        *PVT_KEYS,
         (r'\.local_conv_(\d)\.', lambda m: f'.local_convs.{int(m[1]) - 1}.'),
         (r'\.gamma_(\d)$', r'.ls\1.gamma'),
-        (r'\.dwconv\.dwconv\.', '.dwconv.'),
     ]
 
     def __init__(
@@ -180,22 +159,18 @@ class SMT(Pyramid):
         for i, dim in enumerate(dims):
             attends = [num_heads[i] > 0 and not (i in alternating and j % 2 == 0) for j in range(depths[i])]
             self.add_stage(
-                PatchEmbed(dims[i - 1], dim, **dd) if i else Stem(self.in_chans, dim, stem_kernel_size, **dd),
+                Downsample(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, **dd), dim, **dd)
+                if i
+                else Stem(self.in_chans, dim, stem_kernel_size, **dd),
                 [
                     Block(dim, num_heads[i] if attends[j] else None, mlp_ratios[i], layer_scale, rates[i][j], **dd)
                     for j in range(depths[i])
                 ],
                 num_chs=dim,
                 stride=2 if i else 4,
-                norm=nn.LayerNorm(dim, eps=NORM_EPS, **dd),
+                norm=LayerNorm(dim, **dd),
             )
         self.finish()
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions by their fan-out, linears as every family's."""
-        init_conv(module)
-        Pyramid.init_module(module)
 
 
 variants(

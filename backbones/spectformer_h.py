@@ -10,59 +10,38 @@ import re
 from functools import partial
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models._input import update_model_input_size
 from timm.models.volo import ClassBlock
 from torch import nn
 
-from .checkpoints import checkpoint_filter_fn
-from .layers import ConvMlp, apply_nchw
-from .pyramid import Pyramid, init_conv
+from .checkpoints import PVT_KEYS, checkpoint_filter_fn
+from .layers import ConvMlp, Downsample, PatchEmbed, PreNormBlock
+from .pyramid import Pyramid, init_conv_and_linear
 from .registration import variants
 from .spectformer import GlobalAttention, SpectralGating, fit_filters
 
 __all__ = ['HierarchicalSpectFormer', 'TokenLabelSpectFormer', 'checkpoint_filter_fn']
 
-NORM_EPS = 1e-6  # of the norms outside the patch embeddings
 AUX_WEIGHT = 0.5  # of the logits of single tokens
 
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # outside the patch embeddings
 
-class HierarchicalBlock(nn.Module):
+
+class HierarchicalBlock(PreNormBlock):
     """Pre-norm block of spectral gating or attention, and a convolutional perceptron. (B, H, W, C) -> same."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, **dd)
-        self.attn = mixer
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patches. (B, H, W, in) -> (B, ceil(H / 2), ceil(W / 2), out)."""
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.proj = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x):
-        return self.norm(apply_nchw(self.proj, x))
+        super().__init__(dim, mixer, ConvMlp(dim, int(dim * mlp_ratio), **dd), drop_path, LayerNorm, **dd)
 
 
 class Stem(PatchEmbed):
     """Three convolutions, the first one strided, and patches. (B, in, H, W) -> (B, ceil(H / 4), ceil(W / 4), out)."""
 
     def __init__(self, in_chans: int, hidden_dim: int, dim: int, device=None, dtype=None):
-        super().__init__(hidden_dim, dim, device, dtype)
         dd = {'device': device, 'dtype': dtype}
+        super().__init__(nn.Conv2d(hidden_dim, dim, 3, 2, 1, **dd), dim, **dd)
         layers = []
         for width, size, stride in ((in_chans, 7, 2), (hidden_dim, 3, 1), (hidden_dim, 3, 1)):
             conv = nn.Conv2d(width, hidden_dim, size, stride, size // 2, bias=False, **dd)
@@ -70,8 +49,7 @@ class Stem(PatchEmbed):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x):
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
-        return super().forward(x.permute(0, 2, 3, 1))
+        return super().forward(self.conv(x.contiguous(memory_format=torch.channels_last)))
 
 
 class ClassTokenHead(nn.Module):
@@ -99,9 +77,10 @@ class ClassTokenHead(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        norm = partial(nn.LayerNorm, eps=NORM_EPS)
-        self.class_block = ClassBlock(in_features, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm, **dd)
-        self.norm = norm(in_features, **dd)
+        self.class_block = ClassBlock(
+            in_features, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, **dd
+        )
+        self.norm = LayerNorm(in_features, **dd)
         self.drop = nn.Dropout(drop_rate)
         self.token_label = token_label
         self.reset(num_classes, pool_type, in_features=in_features, **dd)
@@ -161,14 +140,12 @@ class HierarchicalSpectFormer(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.conv.0'
+    init_module = staticmethod(init_conv_and_linear)
     official_keys = [
-        (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
-        (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
         (r'^norm4\.', 'head.norm.'),
-        (r'^norm([123])\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
+        *PVT_KEYS,
         (r'^post_network\.0\.', 'head.class_block.'),
         (r'^aux_head\.', 'head.aux_fc.'),
-        (r'\.dwconv\.dwconv\.', '.dwconv.'),
     ]
     token_label = False
 
@@ -197,23 +174,19 @@ class HierarchicalSpectFormer(Pyramid):
                 return GlobalAttention(dim, heads, qkv_bias=True, **dd) if heads else SpectralGating(dim, size, **dd)
 
             self.add_stage(
-                PatchEmbed(dims[i - 1], dim, **dd) if i else Stem(self.in_chans, stem_dim, dim, **dd),
+                Downsample(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, **dd), dim, **dd)
+                if i
+                else Stem(self.in_chans, stem_dim, dim, **dd),
                 [HierarchicalBlock(dim, mixer(), mlp_ratios[i], rate, **dd) for rate in rates[i]],
                 num_chs=dim,
                 stride=2 if i else 4,
-                norm=nn.LayerNorm(dim, eps=NORM_EPS, **dd) if i < len(dims) - 1 else None,
+                norm=LayerNorm(dim, **dd) if i < len(dims) - 1 else None,
             )
         self.finish()
 
     @torch.jit.ignore
     def make_head(self, in_features: int, num_classes: int, **arguments):
         return ClassTokenHead(in_features, num_classes=num_classes, token_label=self.token_label, **arguments)
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions by their fan-out, linears as every family's."""
-        init_conv(module)
-        Pyramid.init_module(module)
 
     @torch.jit.ignore
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:

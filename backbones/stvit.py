@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import pad_to_stride
+from .layers import PointwiseConv, pad_to_stride
 from .pyramid import Pyramid
 from .registration import variants
 
@@ -32,13 +32,13 @@ class Attention(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Conv2d(dim, 3 * dim, 1, **dd)  # of each head, its query, key and value
-        self.proj = nn.Conv2d(dim, dim, 1, **dd)
+        self.qkv = PointwiseConv(dim, 3 * dim, 1, **dd)  # of each head, its query, key and value
+        self.proj = PointwiseConv(dim, dim, 1, **dd)
 
     def forward(self, x):
-        qkv = self.qkv(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT  # (B, heads, H * W, 3 * head_dim)
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        return self.proj(out.mT.reshape(x.shape))
+        qkv = self.qkv(x.flatten(2).mT).unflatten(-1, (self.num_heads, 3, -1))
+        out = F.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4))  # (B, heads, H * W, head_dim)
+        return self.proj(out.transpose(1, 2).flatten(2)).mT.reshape(x.shape)
 
     def extra_repr(self):
         return f'num_heads={self.num_heads}'

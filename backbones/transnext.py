@@ -7,23 +7,26 @@ Original code: DaiShiResearch/TransNeXt (Apache-2.0).
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
 from ..kernels.aggregated import aggregated_attention, position_bias
-from .checkpoints import checkpoint_filter_fn
-from .layers import apply_nchw, by_images
-from .pyramid import MIN_SIZE, Pyramid, init_conv
+from .checkpoints import PVT_KEYS, checkpoint_filter_fn
+from .layers import Downsample, PatchEmbed, PointwiseConv, PreNormBlock, apply_nchw, by_images, pairs
+from .pyramid import MIN_SIZE, Pyramid, init_conv_and_linear
 from .registration import variants
 
 __all__ = ['AggregatedAttention', 'TransNeXt', 'checkpoint_filter_fn']
 
 TEMPERATURE = 1 / 0.24  # section 3.3: initial factor of the scores
 CPB_HIDDEN_DIM = 512  # of the MLP that makes position biases, as in Swin Transformer V2
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)  # of blocks and stages
 
 
 def cells(length: int, pooled: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,22 +122,9 @@ class ContinuousPositionBias(nn.Module):
         return (scaled.sign() * scaled.abs().add(1).log2() / 3).to(self.fc1.weight.dtype)
 
 
-def pairs(table, row_index, column_index):
-    """The bias of every pixel for every cell, (num_heads, H, W, pooled H, pooled W)."""
-    index = row_index[:, None, :, None] * table.shape[2] + column_index[:, None]
-    return table.flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
-
-
 def resize(x, size):
     """Bilinear, (heads, channels, *from, to be resized) -> (heads, channels, *size)."""
     return F.interpolate(x, size, mode='bilinear', align_corners=False)
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution of (B, H, W, C) maps."""
-
-    def forward(self, x):
-        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 @register_notrace_module
@@ -250,7 +240,8 @@ class Attention(nn.Module):
         q = (F.normalize(q, dim=-1) + self.query_embedding) * F.softplus(self.temperature) * length
         bias = pairs(*self.cpb(x.shape[1:3], lambda size: size)).flatten(3, 4).flatten(1, 2)  # (heads, H * W, H * W)
         q, k, bias = (y.to(v.dtype) for y in (q, F.normalize(k, dim=-1), bias))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        # Of three axes, PyTorch (2.15) would take its slow path on the CPU.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0)
         out = out.transpose(1, 2).unflatten(1, x.shape[1:3])  # (B, H, W, heads, head_dim)
         return self.proj(gated(self.head_gate, x, out).flatten(-2))
 
@@ -289,44 +280,13 @@ class ConvolutionalGLU(nn.Module):
         return self.fc2(self.act(apply_nchw(self.dwconv, gates)) * values)
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """Pre-norm transformer block. (B, H, W, C) -> same."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
-        super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = ConvolutionalGLU(dim, int(2 * int(dim * mlp_ratio) / 3), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patches: a strided convolution and a norm, to (B, ceil(H/s), ceil(W/s), dim)."""
-
-    def __init__(self, in_chans: int, dim: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        kernel_size = 2 * stride - 1
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, **dd)
-        self.norm = nn.LayerNorm(dim, **dd)
-
-    def forward(self, x):
-        """x: (B, in_chans, H, W), usually channels-last."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-class Downsample(PatchEmbed):
-    """The same between stages, of a (B, H, W, C) map."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2))
+        mlp = ConvolutionalGLU(dim, int(2 * int(dim * mlp_ratio) / 3), **dd)
+        super().__init__(dim, attn, mlp, drop_path, LayerNorm, **dd)
 
 
 class TransNeXt(Pyramid):
@@ -351,13 +311,8 @@ class TransNeXt(Pyramid):
 
     output_fmt = 'NHWC'
     first_conv = 'stages.0.downsample.proj'
-    official_keys = [
-        (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
-        (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
-        (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
-        (r'\.cpb_fc(\d)\.', r'.cpb.fc\1.'),
-        (r'\.dwconv\.dwconv\.', '.dwconv.'),
-    ]
+    init_module = staticmethod(init_conv_and_linear)
+    official_keys = [*PVT_KEYS, (r'\.cpb_fc(\d)\.', r'.cpb.fc\1.')]
 
     def __init__(
         self,
@@ -400,20 +355,18 @@ class TransNeXt(Pyramid):
                     return Attention(dim, heads, **cpb, **dd)
                 return AggregatedAttention(dim, heads, window_size, sr_ratio, fixed_pool_size, **cpb, **dd)
 
+            if i:
+                downsample = Downsample(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, **dd), dim, **dd)
+            else:
+                downsample = PatchEmbed(nn.Conv2d(self.in_chans, dim, 7, 4, 3, **dd), dim, **dd)
             self.add_stage(
-                Downsample(dims[i - 1], dim, 2, **dd) if i else PatchEmbed(self.in_chans, dim, 4, **dd),
+                downsample,
                 [Block(dim, attention(), mlp_ratios[i], rate, **dd) for rate in rates[i]],
                 num_chs=dim,
                 stride=2 if i else 4,
-                norm=nn.LayerNorm(dim, eps=1e-6, **dd),
+                norm=LayerNorm(dim, **dd),
             )
         self.finish()
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions by their fan-out, linears as every family's."""
-        init_conv(module)
-        Pyramid.init_module(module)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -7,14 +7,14 @@ Original code: Visual-Attention-Network/VAN-Classification (Apache-2.0).
 """
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from timm.models import register_notrace_module
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoints import checkpoint_filter_fn
-from .layers import pad_to_stride
-from .pyramid import Pyramid, init_conv
+from .checkpoints import PVT_KEYS, checkpoint_filter_fn
+from .layers import PreNormBlock, pad_to_stride
+from .pyramid import Pyramid, init_conv_and_linear
 from .registration import variants
 
 __all__ = ['VAN', 'checkpoint_filter_fn']
@@ -92,21 +92,13 @@ class ConvMlp(nn.Module):
         return self.fc2(self.act(self.dwconv(self.fc1(x))))
 
 
-class Block(nn.Module):
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = nn.BatchNorm2d(dim, **dd)
-        self.attn = Attention(dim, **dd)
-        self.ls1 = LayerScale2d(dim, LAYER_SCALE, **dd)
-        self.norm2 = nn.BatchNorm2d(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), **dd)
-        self.ls2 = LayerScale2d(dim, LAYER_SCALE, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+class Block(PreNormBlock):
+    """Pre-norm block of large-kernel attention. (B, C, H, W) -> same."""
 
-    def forward(self, x):
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0, device=None, dtype=None):
+        dd = {'device': device, 'dtype': dtype}
+        attn, mlp = Attention(dim, **dd), ConvMlp(dim, int(dim * mlp_ratio), **dd)
+        super().__init__(dim, attn, mlp, drop_path, nn.BatchNorm2d, LAYER_SCALE, LayerScale2d, **dd)
 
 
 class PatchEmbed(nn.Module):
@@ -133,13 +125,8 @@ class VAN(Pyramid):
     """
 
     first_conv = 'stages.0.downsample.proj'
-    official_keys = [
-        (r'^patch_embed(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.'),
-        (r'^block(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.'),
-        (r'^norm(\d)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.'),
-        (r'\.layer_scale_(\d)$', r'.ls\1.gamma'),
-        (r'\.dwconv\.dwconv\.', '.dwconv.'),
-    ]
+    init_module = staticmethod(init_conv_and_linear)
+    official_keys = [*PVT_KEYS, (r'\.layer_scale_(\d)$', r'.ls\1.gamma')]
 
     def __init__(
         self,
@@ -164,12 +151,6 @@ class VAN(Pyramid):
                 norm=LayerNorm2d(dim, eps=1e-6, **dd),
             )
         self.finish()
-
-    @staticmethod
-    def init_module(module):
-        """Convolutions by their fan-out, linears as every family's."""
-        init_conv(module)
-        Pyramid.init_module(module)
 
 
 variants(

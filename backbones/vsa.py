@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..kernels import window_attention
-from .checkpoints import checkpoint_filter_fn
-from .layers import apply_nchw, pad_bottom_right
+from .checkpoints import as_linear, checkpoint_filter_fn
+from .layers import apply_nchw, pad_bottom_right, pairs
 from .pyramid import Pyramid
 from .registration import variants
 
@@ -97,9 +97,8 @@ class VariedSizeWindowAttention(nn.Module):
         side = self.window_size
         place = torch.arange(side, device=self.relative_position_bias_table.device)
         distance = place[:, None] - place + side - 1  # (queries, keys) along an axis
-        index = distance[:, None, :, None] * (2 * side - 1) + distance[:, None, :]
-        bias = self.relative_position_bias_table.T.index_select(1, index.flatten())
-        return bias.view(-1, side**2, side**2)
+        table = self.relative_position_bias_table.T.unflatten(1, (2 * side - 1, 2 * side - 1))
+        return pairs(table, distance, distance).flatten(3).flatten(1, 2)
 
     def extra_repr(self):
         return f'num_heads={self.num_heads}, window_size={self.window_size}'
@@ -314,12 +313,7 @@ class ViTAEv2VSA(Pyramid):
 
     def map_official(self, state_dict) -> dict[str, torch.Tensor]:
         """The authors' state dict under our keys; 1x1 convolutions become linears."""
-
-        def reshaped(value):
-            is_pointwise = getattr(value, 'ndim', 0) == 4 and value.shape[2:] == (1, 1)
-            return value.flatten(1) if is_pointwise else value
-
-        return {key: reshaped(value) for key, value in super().map_official(state_dict).items()}
+        return {key: as_linear(value) for key, value in super().map_official(state_dict).items()}
 
 
 wide = dict(reduction_heads=(2, 4, 8, 16), wide=True)

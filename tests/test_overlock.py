@@ -7,7 +7,8 @@ from conftest import tiny
 from torch import nn
 
 import zoo
-from zoo.backbones.overlock import DILATED, ContextMixing, DilatedReparamConv, aggregate
+from zoo.backbones.contmix import ContextMixing, aggregate
+from zoo.backbones.large_kernel import DILATED, DilatedReparamConv
 from zoo.kernels.neighborhood.reference import neighbors
 
 
@@ -64,7 +65,7 @@ def test_values_are_summed_over_the_clamped_window(height, width, size):
 @pytest.mark.parametrize('side', [(14, 15), (4, 9)])  # (4, 9) is enlarged to the kernel
 def test_kernels_are_those_of_projected_affinities(side):
     """The authors' order of the products: affinities to the guide's keys first, then their projection to taps."""
-    mixer = with_statistics(ContextMixing(16, 8, 2, 7, dtype=torch.float64))
+    mixer = with_statistics(ContextMixing(16, 8, 2, (5, 7), 7, dtype=torch.float64))
     seen = {}
     mixer.weight_query.register_forward_hook(lambda _, args, out: seen.update(query=out))
     mixer.weight_key.register_forward_hook(lambda _, args, out: seen.update(key=out))

@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: help quickstart test test-all test-gpu lint bench clean
+.PHONY: help quickstart dense-demo test test-all test-gpu test-downstream lint bench clean
 
 help:
 	@echo "make quickstart   train a BiFormer on real digits, with pictures (about 5 minutes)"
+	@echo "make dense-demo   train a detector and a segmentor on scenes of digits, with pictures"
 	@echo "make test         lint, and every quick test"
 	@echo "make test-all     also the slow tests: timm's own tests on every variant"
+	@echo "make test-downstream   the zoo in transformers, segmentation_models_pytorch, lightning, fastai"
 	@echo "make bench        the benchmarks behind the documentation's figures"
 
 $(VENV)/bin/python:
@@ -19,6 +21,10 @@ $(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml
 	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[quickstart]'
 	@touch $@
 
+$(VENV)/.dense: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[dense,quickstart]'
+	@touch $@
+
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[test]'
 	@touch $@
@@ -26,18 +32,28 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml
 quickstart: $(VENV)/.quickstart
 	$(RUN) -m zoo.train.quickstart
 
+dense-demo: $(VENV)/.dense
+	$(RUN) -m zoo.train.dense.demo
+
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 test: lint
-	$(RUN) -m pytest -q -n 2 -m 'not slow and not gpu'
+	$(RUN) -m pytest -q -n 2 -m 'not slow and not gpu and not downstream'
 
 test-all: lint
-	$(RUN) -m pytest -q -n 2 -m 'not gpu'
+	$(RUN) -m pytest -q -n 2 -m 'not gpu and not downstream'
 
 test-gpu: $(VENV)/.test
 	$(RUN) -m pytest -q -m gpu
+
+$(VENV)/.downstream: $(VENV)/.test
+	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[test,downstream]'
+	@touch $@
+
+test-downstream: $(VENV)/.downstream
+	$(RUN) -m pytest -q -m downstream tests/downstream
 
 bench: $(VENV)/.test
 	$(RUN) -m benchmarks.kernels
@@ -51,6 +67,7 @@ bench: $(VENV)/.test
 	$(RUN) -m benchmarks.models swinv2_tiny_window8_256 swinv2_tiny_window8_256:accelerated --size 256
 	$(RUN) -m benchmarks.training
 	$(RUN) -m benchmarks.loader --model vit_tiny_patch16_224 --workers 0 1 2 --json benchmarks/results/loader.json
+	$(RUN) -m benchmarks.dense --json benchmarks/results/dense.json
 	$(RUN) -m benchmarks.report --write
 
 clean:

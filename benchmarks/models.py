@@ -5,7 +5,8 @@
     python -m benchmarks.models swin_tiny_patch4_window7_224 swin_tiny_patch4_window7_224:accelerated --plot models.png
 
 Any name that timm knows works. With ':official' behind it the model's attention runs in the formulation of its authors'
-code, or in the one that anybody would write where that can't be installed (see the modules of the operators); with
+code, or in the one that anybody would write where that can't be installed (see the modules of the operators, and
+formulations/ for the families whose mixers are more than an operator); with
 ':accelerated' the model has gone through `zoo.accelerate`. resnet50, of which figures are multiples, and
 vit_small_patch16_224 are in every run; with --compile all are measured under torch.compile too, and compared with the
 compiled resnet50.
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo.benchmarks.formulations import formulate
 from zoo.benchmarks.kernels import BENCHMARKS
 from zoo.benchmarks.timing import interleaved, machine, peak_memory
 from zoo.kernels import use
@@ -88,6 +90,8 @@ def build(name: str, size: int, device: str = 'cpu') -> torch.nn.Module:
     model = timm.create_model(name, **({'img_size': size} if fixed else {})).to(device)
     if is_accelerated:
         zoo.accelerate(model)
+    if is_official:
+        formulate(model, torch.randn(1, 3, size, size, device=device))
     if device == 'cuda':
         model = Autocast(model.to(memory_format=torch.channels_last))
     if is_compiled:

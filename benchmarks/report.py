@@ -10,9 +10,9 @@ import argparse
 import json
 from pathlib import Path
 
-from zoo.benchmarks import loader, models, training
+from zoo.benchmarks import dense, loader, models, training
 from zoo.benchmarks.kernels import BENCHMARKS, RESULTS
-from zoo.benchmarks.models import ACCELERATED, COMPILED
+from zoo.benchmarks.models import ACCELERATED, COMPILED, OFFICIAL
 from zoo.benchmarks.operators import rows
 
 PAGE = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
@@ -86,6 +86,34 @@ def models_section(report: dict) -> str:
     return '\n\n'.join((title, command, markdown(header, lines)))
 
 
+def formulations_section(report: dict, path: Path) -> str:
+    """Each family beside itself in the formulation of its authors' code; the figures of both are in the report."""
+    setting, found = report['setting'], report['models']
+    pairs = {name: (found[name], found[name + OFFICIAL]) for name in found if name + OFFICIAL in found}
+    lines = [
+        [
+            name,
+            f'{ours["macs"] / 1e9:.2f}',
+            f'{setting["batch"] / ours["forward"]:,.3g}',
+            *(f'{official[measure] / ours[measure]:.2f}' for measure in ('forward', 'train', 'memory')),
+            *(f'{ours["relative"][measure]:.2f}' for measure in ('forward', 'train', 'memory')),
+        ]
+        for name, (ours, official) in pairs.items()
+    ]
+    names = ' '.join(f'{name} {name}{OFFICIAL}' for name in pairs)
+    size, batch = setting['size'], setting['batch']
+    title = f"## Families beside their authors' formulations on the CPU: {size}x{size}, batch {batch}"
+    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}'
+    command += f' --json {path.relative_to(PAGE.parents[1])}`: {on_machine(report["machine"])}. How many times the time'
+    command += " and memory of a model are those of the same with its token mixers in the formulation of its authors'"
+    command += f' code; then its time and memory as multiples of those of {setting["baseline"]}.'
+    measures = ['forward', 'training step', 'memory']
+    header = ['model', 'GMACs', 'forward, images/s']
+    header += [f'official: {measure}' for measure in measures]
+    header += [f'{setting["baseline"]}: {measure}' for measure in measures]
+    return '\n\n'.join((title, command, markdown(header, lines)))
+
+
 def training_section(report: dict) -> str:
     setting = report['setting']
     device = '' if setting['device'] == 'cpu' else f' --device {setting["device"]}'
@@ -110,6 +138,31 @@ def loader_section(reports: dict) -> str:
     return '\n\n'.join(parts)
 
 
+def dense_section(report: dict) -> str:
+    setting = report['setting']
+    size = 'x'.join(map(str, setting['size']))
+    options = f'--size {size.replace("x", " ")} --crop {setting["crop"]} --rounds {setting["rounds"]}'
+    options += '' if setting['device'] == 'cpu' else f' --device {setting["device"]}'
+    parts = [f'## Dense prediction{"" if setting["device"] == "cpu" else " on a GPU"}']
+    parts += [f'{on_machine(report["machine"])}. Weights are untrained, images and annotations generated.']
+    if report['steps']:
+        names = ' '.join(dict.fromkeys(name for models in report['steps'].values() for name in models))
+        command = (
+            f'Steps, `python -m benchmarks.dense {names} {options}`: process time with one thread, medians. What is'
+        )
+        command += ' not backbone, neck, heads, losses, backward pass or optimizer is data and post-processing:'
+        command += f' Mask R-CNN with a batch of {dense.BATCH["mask_rcnn"]} at {size}, UPerNet with'
+        command += f' {dense.BATCH["upernet"]} crops of {setting["crop"]}, both testing one image. As the weights are'
+        command += ' untrained, each class of each proposal goes through NMS: far more than a trained model finds.'
+        parts += [command, markdown(list(dense.STEP_COLUMNS), dense.step_rows(report))]
+    if report['memory']:
+        command = f'Memory, `python -m benchmarks.dense {" ".join(report["memory"])} {options} --only memory`: how far'
+        command += f' it rises in a Mask R-CNN step of one image of {size} in float32, without the optimizer, above the'
+        command += ' weights and images; x is the multiple of resnet50. `held` is what weights and AdamW take.'
+        parts += [command, markdown(list(dense.MEMORY_COLUMNS), dense.memory_rows(report))]
+    return '\n\n'.join(parts)
+
+
 def page() -> str:
     """docs/benchmarks.md, from what is recorded."""
     sections = [HEAD.strip()]
@@ -118,9 +171,13 @@ def page() -> str:
         for path in filter(Path.exists, paths):
             for name, report in json.loads(path.read_text()).items():
                 sections.append(operator_section(name, device, report))
-    sections += [models_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('models_*.json'))]
+    families = sorted(RESULTS.glob('models_families_*.json'))
+    others = sorted(set(RESULTS.glob('models_*.json')) - set(families))
+    sections += [formulations_section(json.loads(path.read_text()), path) for path in families]
+    sections += [models_section(json.loads(path.read_text())) for path in others]
     sections += [training_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('training*.json'))]
     sections += [loader_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('loader*.json'))]
+    sections += [dense_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob('dense*.json'))]
     return '\n\n'.join(sections) + '\n'
 
 

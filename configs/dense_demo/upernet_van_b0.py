@@ -6,9 +6,7 @@ zoo train dense_demo/upernet_van_b0
 _base_ = ['../_base_/dense_demo.py', '../_base_/runtime.py']
 
 tilt = dict(type='RandomAffine', degrees=10, scale=(0.8, 1.2), shear=10, interpolation=2)  # bilinear
-train_dataloader = dict(
-    dataset=dict(type='DigitSceneMasks', root='data/digit_scenes', split='train', transform=[tilt])
-)
+train_dataloader = dict(dataset=dict(type='DigitSceneMasks', root='data/digit_scenes', split='train', transform=[tilt]))
 val_dataloader = dict(dataset=dict(type='DigitSceneMasks', root='data/digit_scenes', split='test'))
 val_evaluator = dict(type='MeanIoU')
 model = dict(

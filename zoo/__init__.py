@@ -15,15 +15,18 @@ from .acceleration import accelerate, restore
 from .backbones.checkpoints import CheckpointError
 from .backbones.registration import shadowed
 from .conformance import check
+from .exporting import ExportError, export
 from .fusion import fuse
 from .models import create_model, info, list_models
 
 __all__ = [
     'CheckpointError',
+    'ExportError',
     'accelerate',
     'backbones',
     'check',
     'create_model',
+    'export',
     'fuse',
     'info',
     'kernels',

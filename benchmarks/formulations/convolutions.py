@@ -51,7 +51,7 @@ class ContextMixing(contmix.ContextMixing):
         B, _, H, W = value.shape
         x, guide = x.split(self.split, dim=1)
         query = self.weight_query(x) * self.scale
-        key = self.weight_key(F.adaptive_avg_pool2d(guide, contmix.POOLED))
+        key = self.weight_key(F.adaptive_avg_pool2d(guide, self.pooled_size))
         query, key = (each.reshape(B, self.num_heads, self.head_dim, -1) for each in (query, key))
         affinities = torch.einsum('bgcn,bgcl->bgnl', query, key)
         taps = self.weight_proj(affinities.permute(0, 3, 1, 2).contiguous())  # (B, taps, heads, H * W)

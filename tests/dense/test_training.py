@@ -4,37 +4,18 @@ import json
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from interruption import Interrupted
 
 from zoo.backbones.checkpoints import CheckpointError
 from zoo.train import checkpoints
 from zoo.train.config import ConfigError, load_config
 from zoo.train.dense.demo import REQUIRED
 from zoo.train.measuring import measure
-from zoo.train.registry import HOOKS
 from zoo.train.run import train
 from zoo.train.validation import validate
 
 DETECTOR, SEGMENTOR = 'dense_demo/mask_rcnn_van_b0', 'dense_demo/upernet_van_b0'
 BACKBONE = {'name': 'test_resnet', 'out_indices': (1, 2, 3, 4), '_delete_': True}
-
-
-class Interrupted(Exception):
-    pass
-
-
-@HOOKS.register_module()
-class InterruptAt(Hook):
-    """Stand-in for a preemption: raise before the iteration of that number."""
-
-    priority = 'VERY_LOW'
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if batch_idx == self.iteration:
-            raise Interrupted
 
 
 @pytest.fixture(scope='module')
@@ -112,7 +93,7 @@ def test_weights_of_another_model_are_refused(finished, options, tmp_path):
 def test_a_resumed_run_ends_in_the_same_bits(config, options, tmp_path):
     options = {**options, 'default_hooks.checkpoint.interval_iters': 4, 'train_cfg.val_interval': 2}
     whole = train(config, tmp_path / 'whole', cfg_options=options, preflight=False)
-    stopped = {**options, 'custom_hooks': [{'type': 'InterruptAt', 'iteration': 7}]}
+    stopped = {**options, 'custom_hooks': [{'type': 'StopAt', 'iteration': 7}]}
     with pytest.raises(Interrupted):
         train(config, tmp_path / 'parts', cfg_options=stopped, preflight=False)
     resumed = train(config, tmp_path / 'parts', resume=True, cfg_options=options)

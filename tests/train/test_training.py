@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from interruption import Interrupted
 from mmengine.hooks import Hook
 
 from zoo.train import checkpoints
@@ -12,24 +13,6 @@ from zoo.train.registry import DATASETS, HOOKS
 from zoo.train.run import train
 
 CONFIG = 'quickstart/biformer_digits'
-
-
-class Interrupted(Exception):
-    pass
-
-
-@HOOKS.register_module()
-class StopAt(Hook):
-    """Stand-in for a preemption: raise before the iteration of that number."""
-
-    priority = 'VERY_LOW'
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if batch_idx == self.iteration:
-            raise Interrupted
 
 
 def equal(a, b):

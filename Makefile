@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 
 help:
 	@echo "make quickstart   train a BiFormer on real digits, with pictures (about 5 minutes)"
-	@echo "make dense-demo   train a detector and a segmentor on scenes of digits, with pictures"
+	@echo "make dense-demo   train a detector and a segmentor on scenes of digits, with pictures (about 25 minutes)"
 	@echo "make test         lint, and every quick test"
 	@echo "make test-all     also the slow tests: timm's own tests on every variant"
 	@echo "make test-downstream   the zoo in transformers, segmentation_models_pytorch, lightning, fastai"

@@ -7,6 +7,7 @@ import sys
 
 import onnx
 import onnxruntime
+import onnxscript
 import pytest
 import safetensors
 import timm
@@ -68,6 +69,14 @@ def test_onnx_has_the_maps_of_a_checkpoint_free_sizes_by_name_and_the_preprocess
     assert all(0 < output.difference < 1e-5 for output in written.outputs)
     assert (3, 3, 59, 33) in written.checked
     assert {images[0] for images in written.checked} == {1, 2, 3}
+
+
+def test_lengths_that_the_graph_does_not_know_get_no_name():
+    """onnxruntime would take them for equal, and let one buffer serve for all."""
+    unknown, known = onnxscript.ir.SymbolicDim(None), onnxscript.ir.SymbolicDim('s1 + 2')
+    assert exporting._known_by(unknown, {'s1': 'height'}) is unknown
+    assert exporting._known_by(known, {'s1': 'height'}) == 'height + 2'
+    assert exporting._known_by(7, {}) == 7
 
 
 def test_pt2_in_plain_operations_needs_torch_alone(tmp_path):

@@ -105,7 +105,7 @@ class ForwardCrossAttention(nn.Module):
         query = F.linear(x, self.qkv.weight[:C], self.qkv.bias[:C]).unflatten(-1, (self.num_heads, -1))
         pair = F.linear(keys, self.qkv.weight[C:], self.qkv.bias[C:]).unflatten(-1, (2, self.num_heads, -1))
         key, value = pair.permute(2, 0, 3, 1, 4)  # (B, heads, H * W + tokens, head_dim)
-        x = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias[None])  # three axes take a slow path
+        x = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
     def of_cross_tokens(self, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

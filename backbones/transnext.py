@@ -240,7 +240,6 @@ class Attention(nn.Module):
         q = (F.normalize(q, dim=-1) + self.query_embedding) * F.softplus(self.temperature) * length
         bias = pairs(*self.cpb(x.shape[1:3], lambda size: size)).flatten(3, 4).flatten(1, 2)  # (heads, H * W, H * W)
         q, k, bias = (y.to(v.dtype) for y in (q, F.normalize(k, dim=-1), bias))
-        # Of three axes, PyTorch (2.15) would take its slow path on the CPU.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         out = out.transpose(1, 2).unflatten(1, x.shape[1:3])  # (B, H, W, heads, head_dim)
         return self.proj(gated(self.head_gate, x, out).flatten(-2))

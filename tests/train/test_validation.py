@@ -4,7 +4,6 @@ import json
 import random
 import re
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ import timm
 import torch
 from mmengine.config import Config
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from zoo.train.config import READ, ConfigError, config_names, find_config, load_config
 from zoo.train.registry import HOOKS, LOOPS, MODELS, PARAM_SCHEDULERS, TRANSFORMS
@@ -25,6 +26,21 @@ CROP = {'type': 'timm_transform', 'input_size': 64, 'is_training': True, 'auto_a
 VIT = {'name': 'test_vit', 'num_classes': 3, '_delete_': True}  # takes 160x160 alone
 MIXUP = {'mixup_alpha': 0.8}
 SQUARE = {f'{part}_dataloader.dataset.transform.0.size': (64, 64) for part in ('train', 'val')}
+
+
+class LargestTensor(TorchDispatchMode):
+    """The bytes of the largest tensor with memory behind it that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != 'meta':
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
 
 
 @pytest.fixture
@@ -46,11 +62,11 @@ def problems(tiny):
     'name',
     [CONFIG, *FIRST.values(), *(pytest.param(n, marks=pytest.mark.slow) for n in IMAGENET if n not in FIRST.values())],
 )
-def test_a_shipped_config_is_without_problem_and_checked_in_two_seconds(name):
+def test_a_shipped_config_is_without_problem_and_checked_without_a_weight_in_memory(name):
     cfg = load_config(name)
-    start = time.process_time()
-    validate(cfg, data=False)
-    assert time.process_time() - start < 2
+    with LargestTensor() as largest:
+        validate(cfg, data=False)
+    assert largest.bytes < 2**20  # a picture of noise or a table of positions; all weights are 22 MB and more
 
 
 @pytest.mark.parametrize(

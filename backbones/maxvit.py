@@ -98,12 +98,23 @@ class MBConv(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias for each head and each offset from query to key: () -> (heads, N, N), N = rows * columns."""
+    """A learned bias for each head and each offset from query to key: () -> (heads, N, N), N = rows * columns.
 
-    def __init__(self, window_size: tuple[int, int], num_heads: int, device=None, dtype=None):
+    The biases learned are those of windows of `table_window_size`, resized to `window_size` at each call.
+    """
+
+    def __init__(
+        self,
+        window_size: tuple[int, int],
+        num_heads: int,
+        table_window_size: tuple[int, int] | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         self.window_size = window_size
-        rows, columns = window_size
+        self.table_window_size = table_window_size = table_window_size or window_size
+        rows, columns = table_window_size
         table = torch.empty(num_heads, 2 * rows - 1, 2 * columns - 1, device=device, dtype=dtype)
         self.relative_position_bias_table = nn.Parameter(table)
         self.reset_parameters()
@@ -113,9 +124,12 @@ class RelativePositionBias(nn.Module):
 
     def forward(self):
         rows, columns = self.window_size
+        table = self.relative_position_bias_table
+        if self.window_size != self.table_window_size:
+            table = F.interpolate(table[None], (2 * rows - 1, 2 * columns - 1), mode='bilinear')[0]
         # A query's biases are the rows x columns of the table that begin where its own offset comes to lie; the first
         # query's begin last.
-        bias = self.relative_position_bias_table.unfold(1, rows, 1).unfold(2, columns, 1).flip(1, 2)
+        bias = table.unfold(1, rows, 1).unfold(2, columns, 1).flip(1, 2)
         return bias.reshape(-1, rows * columns, rows * columns)
 
 
@@ -127,14 +141,22 @@ class Attention(nn.Module):
     `window_size`, whose padding is masked.
     """
 
-    def __init__(self, dim: int, window_size: tuple[int, int], is_grid: bool, device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        is_grid: bool,
+        table_window_size: tuple[int, int] | None = None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.window_size = window_size
         self.is_grid = is_grid
         self.num_heads = dim // HEAD_DIM
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.rel_pos = RelativePositionBias(window_size, self.num_heads, **dd)
+        self.rel_pos = RelativePositionBias(window_size, self.num_heads, table_window_size, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x):
@@ -158,11 +180,12 @@ class TransformerBlock(PreNormBlock):
         window_size: tuple[int, int],
         is_grid: bool,
         drop_path: float = 0.0,
+        table_window_size: tuple[int, int] | None = None,
         device=None,
         dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
-        attn = Attention(dim, window_size, is_grid, **dd)
+        attn = Attention(dim, window_size, is_grid, table_window_size, **dd)
         mlp = Mlp(dim, EXPANSION * dim, act_layer=GELU, **dd)
         super().__init__(dim, attn, mlp, drop_path, partial(nn.LayerNorm, eps=LAYER_NORM_EPS), **dd)
 
@@ -177,14 +200,15 @@ class Block(nn.Module):
         stride: int,
         window_size: tuple[int, int],
         drop_path: float = 0.0,
+        table_window_size: tuple[int, int] | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.conv = MBConv(in_chans, dim, stride, drop_path, **dd)
-        self.attn_block = TransformerBlock(dim, window_size, is_grid=False, drop_path=drop_path, **dd)
-        self.attn_grid = TransformerBlock(dim, window_size, is_grid=True, drop_path=drop_path, **dd)
+        self.attn_block = TransformerBlock(dim, window_size, False, drop_path, table_window_size, **dd)
+        self.attn_grid = TransformerBlock(dim, window_size, True, drop_path, table_window_size, **dd)
 
     def forward(self, x):
         x = self.conv(x).permute(0, 2, 3, 1)
@@ -208,6 +232,14 @@ class Stem(nn.Module):
         return self.conv2(self.act(self.norm1(self.conv1(x))))
 
 
+def sides_of(name: str, value) -> tuple[int, int]:
+    """(rows, columns) of the windows that an argument asks for."""
+    sides = to_2tuple(value)
+    if len(sides) != 2 or any(side < 1 for side in sides):
+        raise ValueError(f'{name} must be one or two positive ints, got {value}.')
+    return tuple(sides)
+
+
 class MaxViT(Pyramid):
     """MaxViT.
 
@@ -219,6 +251,9 @@ class MaxViT(Pyramid):
         window_size: side, or (rows, columns), of the windows and of the grid, at any image size. The authors trained
             with 1/32 of the image's side: 7 at 224 pixels, 12 at 384, 16 at 512. Their checkpoints hold a bias for each
             position in it, so a model takes those of its own window_size.
+        pretrained_window_size: of the checkpoint that the model is to take, if that is another: biases are kept and
+            learned at that size and resized, bilinearly, at each call, as in the official detectors (`scale_ratio` of
+            tensorflow/models, official/projects/maxvit, is window_size / pretrained_window_size).
         drop_path_rate: stochastic depth, rising linearly over all blocks.
         base: in_chans, num_classes, global_pool and drop_rate, as for every `Pyramid`; global_pool must leave the
             width as it is.
@@ -233,6 +268,7 @@ class MaxViT(Pyramid):
         depths=(2, 2, 5, 2),
         stem_dim: int = 64,
         window_size: int | tuple[int, int] = 7,
+        pretrained_window_size: int | tuple[int, int] | None = None,
         drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
@@ -240,18 +276,20 @@ class MaxViT(Pyramid):
     ):
         if any(dim % HEAD_DIM for dim in dims):
             raise ValueError(f'dims must be multiples of {HEAD_DIM}, the width of a head, got {dims}.')
-        window_size = to_2tuple(window_size)
-        if len(window_size) != 2 or any(side < 1 for side in window_size):
-            raise ValueError(f'window_size must be one or two positive ints, got {window_size}.')
+        window_size = sides_of('window_size', window_size)
+        if pretrained_window_size is None:
+            pretrained_window_size = window_size
+        table_window_size = sides_of('pretrained_window_size', pretrained_window_size)
         super().__init__(device=device, dtype=dtype, **base)
         self.window_size = window_size
+        self.table_window_size = table_window_size
         dd = {'device': device, 'dtype': dtype}
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.add_stem(Stem(self.in_chans, stem_dim, **dd), stem_dim, stride=2)
         previous = stem_dim
         for dim, stage_rates in zip(dims, rates, strict=True):
             blocks = [
-                Block(dim if j else previous, dim, 1 if j else 2, window_size, rate, **dd)
+                Block(dim if j else previous, dim, 1 if j else 2, window_size, rate, table_window_size, **dd)
                 for j, rate in enumerate(stage_rates)
             ]
             self.add_stage(nn.Identity(), blocks, num_chs=dim, stride=2)  # the first block halves the map
@@ -296,11 +334,14 @@ def checkpoint_filter_fn(state_dict: Mapping, model: MaxViT) -> dict[str, torch.
         return checkpoints.checkpoint_filter_fn(state_dict, model)
     except CheckpointError as error:
         window_size = trained_window_size(checkpoints.unwrap(state_dict))
-        if window_size in (None, model.window_size):
+        if window_size in (None, model.table_window_size):
             raise
         rows, columns = window_size
         argument = rows if rows == columns else window_size
-        raise CheckpointError(f'{error} Its windows are {rows}x{columns}: pass window_size={argument}.') from None
+        raise CheckpointError(
+            f'{error} Its windows are {rows}x{columns}: pass window_size={argument}, or, for its biases to be resized '
+            f'to other windows, pretrained_window_size={argument}.'
+        ) from None
 
 
 def trained_window_size(state_dict: Mapping) -> tuple[int, int] | None:

@@ -166,12 +166,33 @@ def test_weights_and_their_preprocessing_are_timms(size):
 def test_a_checkpoint_of_other_windows_says_which(tmp_path):
     torch.save(of_timm(12).state_dict(), tmp_path / 'tf_384.pth')
     arguments = dict(checkpoint=tmp_path / 'tf_384.pth', dims=(32, 64, 64, 96), depths=(1, 1, 2, 1), stem_dim=32)
-    with pytest.raises(zoo.CheckpointError, match=r'misshaped .* windows are 12x12: pass window_size=12\.'):
+    with pytest.raises(zoo.CheckpointError, match=r'misshaped .* windows are 12x12: pass window_size=12, or'):
         zoo.create_model('maxvit_tiny', **arguments)
     assert zoo.create_model('maxvit_tiny', window_size=12, **arguments).window_size == (12, 12)
     with pytest.raises(zoo.CheckpointError) as error:
         zoo.create_model('maxvit_tiny', window_size=12, **arguments | dict(depths=(1, 1, 1, 1)))
     assert 'window_size' not in str(error.value)
+
+
+@pytest.mark.parametrize('window_size', [14, (10, 16), 4])
+def test_biases_of_a_checkpoint_are_resized_to_other_windows(window_size):
+    want = of_timm(7)
+    model = loaded_from(want, window_size=window_size, pretrained_window_size=7)
+    assert model.state_dict().keys() == want.state_dict().keys()
+    resized = {
+        key: F.interpolate(
+            tensor[None], [2 * side - 1 for side in model.window_size], mode='bilinear', align_corners=False
+        )[0]
+        if key.endswith('table')
+        else tensor
+        for key, tensor in want.state_dict().items()
+    }
+    other = tiny('maxvit_tiny', window_size=window_size, dtype=torch.float64).eval()
+    other.load_state_dict(resized)
+    x = torch.randn(2, 3, 128, 192, dtype=torch.float64)
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+    model(x).sum().backward()
+    assert all(table.grad.any() for key, table in model.named_parameters() if key.endswith('table'))
 
 
 def test_windows_may_be_oblong():
@@ -184,7 +205,8 @@ def test_windows_may_be_oblong():
     ('arguments', 'message'),
     [
         (dict(dims=(64, 100, 256, 512)), r'multiples of 32.*got \(64, 100, 256, 512\)'),
-        (dict(window_size=0), r'window_size must be one or two positive ints, got \(0, 0\)'),
+        (dict(window_size=0), r'window_size must be one or two positive ints, got 0'),
+        (dict(pretrained_window_size=0), r'pretrained_window_size must be one or two positive ints, got 0'),
         (dict(window_size=(7, 7, 7)), r'got \(7, 7, 7\)'),
     ],
 )

@@ -23,6 +23,10 @@ ONE = {'batch': 16, 'lr': 1e-4, 'decay': 0.05, 'epochs': 12, 'steps': (8, 11), '
 THREE = {**ONE, 'epochs': 36, 'steps': (27, 33), 'exempt': ('rpb', 'norm'), 'precision': 'float16'}
 UPERNET = {'batch': 16, 'lr': 6e-5, 'decay': 0.01, 'length': 160_000, 'exempt': ('norm',), 'precision': 'float32'}
 FPN = {'batch': 32, 'lr': 2e-4, 'decay': 1e-4, 'length': 80_000, 'exempt': (), 'precision': 'float32', 'power': 0.9}
+MAXVIT = {
+    **{'batch': 256, 'lr': 3e-3, 'decay': 0.05, 'length': 90_000, 'exempt': (), 'precision': 'float32'},
+    **{'power': None, 'warmup': (6000, 0.0)},
+}
 TRANSNEXT = ('query_embedding', 'relative_pos_bias_local', 'cpb', 'temperature', 'norm')
 FAMILIES = {  # by the beginning of a config's name: of two that fit, the longer one
     'coco/biformer/mask_rcnn': {**ONE, 'exempt': ('norm',), 'precision': 'float16'},
@@ -38,6 +42,7 @@ FAMILIES = {  # by the beginning of a config's name: of two that fit, the longer
     'coco/transnext/': {**ONE, 'exempt': TRANSNEXT},
     'coco/transnext/mask_rcnn_transnext_base': {**ONE, 'exempt': TRANSNEXT, 'precision': 'float16'},
     'coco/shvit/': ONE,
+    'coco/maxvit/': MAXVIT,
     'ade20k/biformer/semantic_fpn': {**FPN, 'power': None, 'warmup': (1000, 0.1), 'precision': 'float16'},
     'ade20k/biformer/upernet': {**UPERNET, 'precision': 'float16'},
     'ade20k/van/semantic_fpn': {**FPN, 'length': 40_000},
@@ -75,6 +80,7 @@ DROP_PATHS = {
     },
     'coco/transnext': {'mask_rcnn': (0.4, 0.6, 0.7), 'of': ('tiny', 'small', 'base')},
     'coco/shvit': {'mask_rcnn': (0.0,), 'retinanet': (0.0,), 'of': ('s4',)},
+    'coco/maxvit': {'cascade_mask_rcnn': (0.5,), 'of': ('small',)},
     'ade20k/biformer': {'semantic_fpn': (0.15, 0.3), 'upernet': (0.3, 0.4), 'of': ('small', 'base')},
     'ade20k/van': {
         'semantic_fpn': (0.2, 0.2, 0.2, 0.3, 0.4),
@@ -102,6 +108,7 @@ QUICK = (
     'coco/biformer/mask_rcnn_biformer_small',
     'coco/dinat/cascade_mask_rcnn_dinat_mini',
     'coco/shvit/retinanet_shvit_s4',
+    'coco/maxvit/cascade_mask_rcnn_maxvit_small',
     'ade20k/biformer/semantic_fpn_biformer_small',
     'ade20k/transnext/upernet_transnext_tiny',
     'ade20k/van/upernet_van_b4_in22k',
@@ -214,7 +221,7 @@ def test_heads_and_levels_are_the_published_ones(run):
     if '/retinanet' in name:
         assert strides == [8, 16, 32, 64, 128]
     elif name.startswith('coco'):
-        assert strides == [4, 8, 16, 32, 64]
+        assert strides == ([8, 16, 32, 64, 128] if 'maxvit' in name else [4, 8, 16, 32, 64])
         assert head.has_masks
         assert len(head.stages) == (3 if 'cascade' in name else 1)
     else:
@@ -226,6 +233,18 @@ def test_heads_and_levels_are_the_published_ones(run):
     if 'upernet' in name:
         assert [auxiliary.level for auxiliary in run.task.auxiliary] == [2]
         assert run.task.views.mode == ('slide' if 'transnext' in name else 'whole')
+
+
+def test_maxvits_windows_are_the_images_and_its_anchors_three_strides():
+    config = load_config('coco/maxvit/cascade_mask_rcnn_maxvit_small').model.to_dict()
+    with torch.device('meta'):
+        task = MODELS.build({**config, 'backbone': {**config['backbone'], 'device': 'meta'}})
+    model = task.backbone.model.model
+    assert (model.window_size, model.table_window_size) == ((28, 28), (7, 7))
+    generator, rpn = task.head.rpn.anchor_generator, task.head.rpn.head
+    assert generator.sizes == tuple((3.0 * stride,) for stride in (8, 16, 32, 64, 128))
+    assert len(rpn.conv) == 2
+    assert task.size_divisor == 896
 
 
 @pytest.mark.parametrize(

@@ -39,16 +39,18 @@ def proposal_network(
     pre_nms_top_n: Sequence[int] = (2000, 1000),
     post_nms_top_n: Sequence[int] = (1000, 1000),
     nms_thresh: float = 0.7,
+    convs: int = 1,
 ) -> RegionProposalNetwork:
     """torchvision's, with anchors of `anchor_scale` strides at each level; top_n are of training and of testing.
 
-    Before NMS the best are taken of each level, after it of each image.
+    `convs` is how many convolutions the two predictions share. Before NMS the best are taken of each level, after it of
+    each image.
     """
     anchors = Anchors(strides, [[anchor_scale * stride] for stride in strides], aspect_ratios)
     parts = ('training', 'testing')
     return RegionProposalNetwork(
         anchors,
-        _ProposalHead(channels, len(aspect_ratios)),
+        _ProposalHead(channels, len(aspect_ratios), convs),
         fg_iou_thresh,
         bg_iou_thresh,
         batch_size_per_image,

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .checkpoints import checkpoint_filter_fn
-from .layers import BatchNorm, Stem, apply_nchw, by_images, pairs
+from .layers import BatchNorm, Stem, apply_nchw, biased_attention, by_images, pairs
 from .pyramid import Pyramid, init_truncated
 from .registration import variants
 
@@ -105,7 +105,7 @@ class ForwardCrossAttention(nn.Module):
         query = F.linear(x, self.qkv.weight[:C], self.qkv.bias[:C]).unflatten(-1, (self.num_heads, -1))
         pair = F.linear(keys, self.qkv.weight[C:], self.qkv.bias[C:]).unflatten(-1, (2, self.num_heads, -1))
         key, value = pair.permute(2, 0, 3, 1, 4)  # (B, heads, H * W + tokens, head_dim)
-        x = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, bias)
+        x = biased_attention(query.transpose(1, 2), key, value, bias)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
     def of_cross_tokens(self, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,15 @@ def rotary_embedding(length: int, head_dim: int, device=None) -> torch.Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
+def rotated(tokens: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Pairs of channels of tokens (..., N, C) turned by angles whose sines and cosines are (N, 2 C), in its dtype."""
+    if torch.compiler.is_compiling():  # or exporting: neither knows complex numbers
+        return apply_rot_embed_cat(tokens.to(rotation.dtype), rotation)
+    sine, cosine = (table[:, ::2].contiguous() for table in rotation.chunk(2, dim=-1))
+    pairs = torch.view_as_complex(tokens.to(rotation.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cosine, sine)).flatten(-2)
+
+
 @register_notrace_module
 class CausalAttention(nn.Module):
     """Attention whose weights of later tokens are dropped after the softmax. (B, 1 + N, C) -> same.
@@ -58,8 +67,10 @@ class CausalAttention(nn.Module):
         query, key, value = qkv.unbind(0)  # (B, heads, 1 + N, head_dim)
         rotation = rotary_embedding(length, query.shape[-1], x.device).roll(1, dims=0)
         rotation = rotation.to(torch.promote_types(x.dtype, torch.float32))
-        query, key = (apply_rot_embed_cat(y.to(rotation.dtype), rotation).to(value.dtype) for y in (query, key))
-        weights = (query * query.shape[-1] ** -0.5 @ key.mT).softmax(-1) * self.mask(length, x.device, value.dtype)
+        query, key = rotated(query, rotation * query.shape[-1] ** -0.5), rotated(key, rotation)
+        weights = (query.to(value.dtype) @ key.to(value.dtype).mT).softmax(-1)
+        mask = self.mask(length, x.device, value.dtype)
+        weights = weights * mask if torch.is_grad_enabled() else weights.mul_(mask)
         return self.proj((weights.to(value.dtype) @ value).transpose(1, 2).flatten(2))
 
     def mask(self, length: int, device, dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     'SameConv2d',
     'Stem',
     'apply_nchw',
+    'biased_attention',
     'by_images',
     'pad_bottom_right',
     'pad_to_stride',
@@ -70,6 +71,30 @@ def pairs(table: torch.Tensor, row_index: torch.Tensor, column_index: torch.Tens
     """
     index = row_index[:, None, :, None] * table.shape[2] + column_index[:, None]
     return table.flatten(1).index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+@register_notrace_function
+def biased_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(scale * query key^T + bias) value, of a learned bias that all images share.
+
+    Args:
+        query: (B, heads, N, head_dim).
+        key, value: (B, heads, M, head_dim).
+        bias: (heads, N, M), of the others' dtype.
+        scale: of the products; head_dim**-0.5 unless given.
+
+    Returns:
+        (B, heads, N, head_dim).
+    """
+    if torch.compiler.is_exporting():  # four axes choose a kernel that ONNX has not, and another's strides
+        return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+    if query.device.type != 'cpu' or not (bias.requires_grad and torch.is_grad_enabled()):
+        return F.scaled_dot_product_attention(query, key, value, bias[None], scale=scale)  # three axes: no fused kernel
+    # On CPUs no fused kernel computes the gradient of a bias, and what stands in for it is slower than this.
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return (query * scale @ key.mT + bias).softmax(-1).to(value.dtype) @ value
 
 
 class PreNormBlock(nn.Module):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..kernels.aggregated import aggregated_attention, position_bias
 from .checkpoints import PVT_KEYS, checkpoint_filter_fn
-from .layers import Downsample, PatchEmbed, PointwiseConv, PreNormBlock, apply_nchw, by_images, pairs
+from .layers import Downsample, PatchEmbed, PointwiseConv, PreNormBlock, apply_nchw, biased_attention, by_images, pairs
 from .pyramid import MIN_SIZE, Pyramid, init_conv_and_linear
 from .registration import variants
 
@@ -240,7 +240,7 @@ class Attention(nn.Module):
         q = (F.normalize(q, dim=-1) + self.query_embedding) * F.softplus(self.temperature) * length
         bias = pairs(*self.cpb(x.shape[1:3], lambda size: size)).flatten(3, 4).flatten(1, 2)  # (heads, H * W, H * W)
         q, k, bias = (y.to(v.dtype) for y in (q, F.normalize(k, dim=-1), bias))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        out = biased_attention(q, k, v, bias, scale=1.0)
         out = out.transpose(1, 2).unflatten(1, x.shape[1:3])  # (B, H, W, heads, head_dim)
         return self.proj(gated(self.head_gate, x, out).flatten(-2))
 

@@ -25,7 +25,8 @@ import contextlib
 import csv
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import timm
@@ -148,16 +149,56 @@ def measure(
     progress: Progress | None = None,
     device: str = 'cpu',
     compiled: bool = False,
+    together: int | None = None,
 ) -> dict:
     """Seconds, bytes and MACs of the baseline and of each model, and the multiples of the baseline.
+
+    Args:
+        names: of the models, besides those that are always measured.
+        size, batch, rounds, device: see the module.
+        progress: where to show it.
+        compiled: measure all under torch.compile too.
+        together: how many models to hold in memory, and to measure in turn; all of them unless given. The baseline is
+            measured anew with each such group, and what a model is a multiple of is its own group's.
 
     Returns:
         {'machine', 'setting', 'models': {name: {'forward', 'train', 'memory', 'parameters', 'macs', 'relative'}}}.
     """
-    names = list(dict.fromkeys([BASELINE, *ALWAYS, *names]))
-    if compiled:
-        names = [name + mode for mode in ('', COMPILED) for name in names]
+    names = [name for name in dict.fromkeys([*ALWAYS, *names]) if name != BASELINE]
     progress = progress or Progress(disable=True)
+    found: dict[str, dict] = {}
+    for group in groups(names, together):
+        group = [BASELINE, *group]
+        if compiled:
+            group = [name + mode for mode in ('', COMPILED) for name in group]
+        figures = side_by_side(group, size, batch, rounds, progress, device)
+        found |= {name: own for name, own in figures.items() if name not in found}
+    setting = {
+        'size': size,
+        'batch': batch,
+        'rounds': rounds,
+        'device': device,
+        'dtype': 'bfloat16' if device == 'cuda' else 'float32',
+        'threads': 1,
+        'baseline': BASELINE,
+        **({'together': together} if together else {}),
+    }
+    return {'machine': machine(), 'setting': setting, 'models': found}
+
+
+def groups(names: Sequence[str], together: int | None) -> list[list[str]]:
+    """The names, at most so many in a group; forms of one model that follow each other are in the same."""
+    result: list[list[str]] = [[]]
+    for _, forms in groupby(names, timm_name):
+        forms = list(forms)
+        if result[-1] and together is not None and len(result[-1]) + len(forms) > together:
+            result.append([])
+        result[-1] += forms
+    return result
+
+
+def side_by_side(names: Sequence[str], size: int, batch: int, rounds: int, progress: Progress, device: str) -> dict:
+    """Figures of models that are measured in turn, the baseline among them."""
     images = images_of(batch, size, device)
     models = {name: build(name, size, device) for name in names}
     found = {
@@ -185,16 +226,7 @@ def measure(
     for name, figures in found.items():
         baseline = found[BASELINE + (COMPILED if name.endswith(COMPILED) else '')]
         figures['relative'] = {measure: figures[measure] / baseline[measure] for measure in MEASURES}
-    setting = {
-        'size': size,
-        'batch': batch,
-        'rounds': rounds,
-        'device': device,
-        'dtype': 'bfloat16' if device == 'cuda' else 'float32',
-        'threads': 1,
-        'baseline': BASELINE,
-    }
-    return {'machine': machine(), 'setting': setting, 'models': found}
+    return found
 
 
 def rows(report: dict) -> list[dict[str, object]]:
@@ -282,6 +314,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--compile', action='store_true', help='measure all under torch.compile too')
+    parser.add_argument('--together', type=int, help='models to hold in memory and measure in turn (default: all)')
     parser.add_argument('--json', type=Path, help='file to write the report to')
     parser.add_argument('--csv', type=Path, help='file for the table')
     parser.add_argument('--plot', type=Path, help='file for a picture, such as models.png')
@@ -292,7 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('there is no CUDA GPU here')
     with Progress() as progress:
-        report = measure(args.names, args.size, args.batch, args.rounds, progress, args.device, args.compile)
+        report = measure(
+            args.names, args.size, args.batch, args.rounds, progress, args.device, args.compile, args.together
+        )
     kinds = {
         'cuda': args.device == 'cuda',
         'compiled': args.compile,

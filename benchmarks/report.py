@@ -57,10 +57,15 @@ def operator_section(name: str, device: str, report: dict) -> str:
     return '\n\n'.join((title, command, markdown(header, lines)))
 
 
+def in_groups(setting: dict) -> str:
+    return f' --together {setting["together"]}' if 'together' in setting else ''
+
+
 def models_section(report: dict) -> str:
     setting = report['setting']
     size, batch = setting['size'], setting['batch']
     device = '' if setting['device'] == 'cpu' else f' --device {setting["device"]}'
+    together = in_groups(setting)
     compiled = ' --compile' if any(name.endswith(COMPILED) for name in report['models']) else ''
     lines = [
         [
@@ -78,7 +83,7 @@ def models_section(report: dict) -> str:
     title = f'## Models on {"the CPU" if not device else "a GPU"}{", compiled too" if compiled else ""}'
     title += ', accelerated too' if any(ACCELERATED in name for name in report['models']) else ''
     title += f': {size}x{size}, batch {batch}'
-    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}{device}{compiled}`: '
+    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}{device}{compiled}{together}`: '
     command += f'{on_machine(report["machine"])}. Time and memory are multiples of those of {setting["baseline"]},'
     command += ' compiled if the model is; `:official` is the same model with its attention in the formulation of its'
     command += " authors' code, `:accelerated` one that has gone through `zoo.accelerate`."
@@ -103,7 +108,7 @@ def formulations_section(report: dict, path: Path) -> str:
     names = ' '.join(f'{name} {name}{OFFICIAL}' for name in pairs)
     size, batch = setting['size'], setting['batch']
     title = f"## Families beside their authors' formulations on the CPU: {size}x{size}, batch {batch}"
-    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}'
+    command = f'`python -m benchmarks.models {names} --size {size} --batch {batch}{in_groups(setting)}'
     command += f' --json {path.relative_to(PAGE.parents[1])}`: {on_machine(report["machine"])}. How many times the time'
     command += " and memory of a model are those of the same with its token mixers in the formulation of its authors'"
     command += f' code; then its time and memory as multiples of those of {setting["baseline"]}.'

@@ -89,3 +89,17 @@ def test_the_page_of_measurements_is_that_of_the_recorded_results():
     page = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
     assert page.read_text() == reporting.page(), 'run `zoo bench report --write`'
     assert '| transnext_micro |' in page.read_text()
+
+
+def test_models_may_be_measured_in_groups_that_split_no_model(report, tmp_path):
+    names = ['a', 'b', 'b:official', 'c', 'd:official', 'd', 'e']
+    assert models.groups(names, None) == [names]
+    assert models.groups(names, 3) == [['a', 'b', 'b:official'], ['c', 'd:official', 'd'], ['e']]
+    assert models.groups(names, 1) == [['a'], ['b', 'b:official'], ['c'], ['d:official', 'd'], ['e']]
+    path = tmp_path / 'groups.json'
+    options = ['--size', '64', '--batch', '1', '--rounds', '1', '--together', '1', '--json', str(path)]
+    models.main(['van_b0', 'nat_mini', *options])
+    grouped = json.loads(path.read_text())
+    assert list(grouped['models']) == ['resnet10t', 'van_b0', 'nat_mini']
+    assert grouped['models']['nat_mini']['relative']['forward'] > 0
+    assert '--size 64 --batch 1 --together 1`' in reporting.models_section(grouped)

@@ -11,6 +11,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +22,9 @@ import torch
 def interleaved(
     cases: dict[str, Callable[[], object]], rounds: int = 15, warmup: int = 2, device: str = 'cpu'
 ) -> dict[str, float]:
-    """Median seconds per call of each case, over `rounds` rounds that run every case in turn.
+    """Median seconds per call of each case, over `rounds` rounds that run every case in turn, each in another order.
+
+    Whose turn was before matters: a case that needs other memory than that one had asks the system for it anew.
 
     On the CPU thread CPU time with one thread; on a GPU the time between two events, with the cache emptied before.
     """
@@ -33,9 +36,10 @@ def interleaved(
             for _ in range(warmup):
                 case()
         times = {name: [] for name in cases}
+        shuffled = random.Random(0)
         for _ in range(rounds):
-            for name, case in cases.items():
-                times[name].append(seconds(case))
+            for name in shuffled.sample(list(cases), len(cases)):
+                times[name].append(seconds(cases[name]))
     finally:
         torch.set_num_threads(threads)
     return {name: statistics.median(samples) for name, samples in times.items()}

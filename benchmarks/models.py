@@ -322,6 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
     known = set(timm.list_models())
     if unknown := [name for name in args.names if timm_name(name).split('.')[0] not in known]:
         parser.error(f'timm knows no model called {", ".join(unknown)}')
+    if args.together is not None and args.together < 1:
+        parser.error(f'--together must be 1 or more, got {args.together}')
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('there is no CUDA GPU here')
     with Progress() as progress:

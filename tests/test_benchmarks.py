@@ -85,6 +85,12 @@ def test_an_unknown_model_is_named(capsys):
     assert 'van_b00' in capsys.readouterr().err
 
 
+def test_groups_of_no_models_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        models.main(['van_b0', '--together', '0'])
+    assert 'together must be 1 or more, got 0' in capsys.readouterr().err
+
+
 def test_the_page_of_measurements_is_that_of_the_recorded_results():
     page = Path(__file__).parents[1] / 'docs' / 'benchmarks.md'
     assert page.read_text() == reporting.page(), 'run `zoo bench report --write`'

@@ -24,7 +24,7 @@ def interleaved(
 ) -> dict[str, float]:
     """Median seconds per call of each case, over `rounds` rounds that run every case in turn, each in another order.
 
-    Whose turn was before matters: a case that needs other memory than that one had asks the system for it anew.
+    Else a case would always find the memory that the same other one has left, and its pages mapped or not.
 
     On the CPU thread CPU time with one thread; on a GPU the time between two events, with the cache emptied before.
     """

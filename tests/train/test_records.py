@@ -8,37 +8,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from interruption import Interrupted
 from rich.console import Console
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.train import pictures, records
 from zoo.train.records import Curve, ProgressBar, RuntimeInfo, Speed, TensorBoard, duration, read_curve
-from zoo.train.registry import HOOKS
 from zoo.train.run import train
 
 CONFIG = 'quickstart/biformer_digits'
 ITERATIONS = 16  # 2 epochs of 8
 BATCH = 7
-
-
-class Killed(Exception):
-    pass
-
-
-@HOOKS.register_module()
-class KilledAt(Hook):
-    """Stand-in for a kill: raise before the iteration of that number."""
-
-    priority = 'HIGHEST'
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if batch_idx == self.iteration:
-            raise Killed
 
 
 @pytest.fixture(scope='module')
@@ -70,8 +51,8 @@ def runs(options, tmp_path_factory):
     whole, parts = folder / 'whole', folder / 'parts'
     hooks = [{'type': 'TensorBoard'}] if torch_has_tensorboard() else []
     train(CONFIG, whole, cfg_options=options, preflight=False)
-    stopped = {**options, 'custom_hooks': [*hooks, {'type': 'KilledAt', 'iteration': 13}]}
-    with pytest.raises(Killed):
+    stopped = {**options, 'custom_hooks': [*hooks, {'type': 'StopAt', 'iteration': 13}]}
+    with pytest.raises(Interrupted):
         train(CONFIG, parts, cfg_options=stopped, preflight=False)
     with (parts / 'speed.jsonl').open('a') as file:
         file.write('{"event": "tra')  # a kill in the middle of a line

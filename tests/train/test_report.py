@@ -8,34 +8,15 @@ import shutil
 
 import pytest
 import torch
+from interruption import Interrupted
 from mmengine.config import Config
-from mmengine.hooks import Hook
 
 from zoo.train import checkpoints, report
 from zoo.train.records import read_curve
-from zoo.train.registry import HOOKS
 from zoo.train.report import write_report
 from zoo.train.run import train
 
 CONFIG = 'quickstart/biformer_digits'
-
-
-class Lost(Exception):
-    pass
-
-
-@HOOKS.register_module()
-class LostAt(Hook):
-    """Stand-in for a kill: raise before the iteration of that number."""
-
-    priority = 'HIGHEST'
-
-    def __init__(self, iteration):
-        self.iteration = iteration
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if batch_idx == self.iteration:
-            raise Lost
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +42,8 @@ def runs(colours, tmp_path_factory):
         'default_hooks.curve.interval': 4,
     }
     folder = tmp_path_factory.mktemp('reported')
-    lost = {**options, 'custom_hooks': [{'type': 'LostAt', 'iteration': 13}]}
-    with pytest.raises(Lost):
+    lost = {**options, 'custom_hooks': [{'type': 'StopAt', 'iteration': 13}]}
+    with pytest.raises(Interrupted):
         train(CONFIG, folder / 'run', cfg_options=lost, preflight=False)
     shutil.copytree(folder / 'run', folder / 'killed')
     train(CONFIG, folder / 'run', resume=True, cfg_options=options, preflight=False)

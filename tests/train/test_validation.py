@@ -24,6 +24,7 @@ IMAGENET = [name for name in config_names() if name.startswith('imagenet/')]
 FIRST = {name.rpartition('/')[0]: name for name in reversed(IMAGENET)}  # a config of each family
 CROP = {'type': 'timm_transform', 'input_size': 64, 'is_training': True, 'auto_augment': 'rand-m9-mstd0.5'}
 VIT = {'name': 'test_vit', 'num_classes': 3, '_delete_': True}  # takes 160x160 alone
+MIB = 2**20
 MIXUP = {'mixup_alpha': 0.8}
 SQUARE = {f'{part}_dataloader.dataset.transform.0.size': (64, 64) for part in ('train', 'val')}
 
@@ -66,7 +67,14 @@ def test_a_shipped_config_is_without_problem_and_checked_without_a_weight_in_mem
     cfg = load_config(name)
     with LargestTensor() as largest:
         validate(cfg, data=False)
-    assert largest.bytes < 2**20  # a picture of noise or a table of positions; all weights are 22 MB and more
+    assert largest.bytes < MIB  # at most a picture, of 150 kB
+
+
+@pytest.mark.parametrize('name', ['van_b0', 'shvit_s1'])
+def test_a_built_model_has_a_larger_tensor_than_validation_may_have(name):
+    with LargestTensor() as largest:
+        timm.create_model(name)
+    assert largest.bytes > MIB
 
 
 @pytest.mark.parametrize(

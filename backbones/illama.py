@@ -39,7 +39,7 @@ def rotary_embedding(length: int, head_dim: int, device=None) -> torch.Tensor:
 
 def rotated(tokens: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Pairs of channels of tokens (..., N, C) turned by angles whose sines and cosines are (N, 2 C), in its dtype."""
-    if torch.compiler.is_compiling():  # or exporting: neither knows complex numbers
+    if torch.compiler.is_compiling():  # or exporting: Inductor generates no code for complex numbers
         return apply_rot_embed_cat(tokens.to(rotation.dtype), rotation)
     sine, cosine = (table[:, ::2].contiguous() for table in rotation.chunk(2, dim=-1))
     pairs = torch.view_as_complex(tokens.to(rotation.dtype).unflatten(-1, (-1, 2)))

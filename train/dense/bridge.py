@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .features import Features
+from .features import Features, freeze_statistics
 
 __all__ = ['TimmBackbone']
 
@@ -78,9 +77,7 @@ class TimmBackbone(nn.Module):
     def train(self, mode: bool = True):
         super().train(mode)
         if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            freeze_statistics(self)
         return self
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

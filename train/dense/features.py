@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from timm.layers import LayerNorm2d
 from timm.models import FeatureInfo
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..tasks import create_backbone
 
-__all__ = ['Features', 'levels']
+__all__ = ['Features', 'freeze_statistics', 'levels']
 
 
 def levels(channels: Sequence[int], strides: Sequence[int]) -> FeatureInfo:
@@ -18,6 +19,13 @@ def levels(channels: Sequence[int], strides: Sequence[int]) -> FeatureInfo:
         for i, (width, stride) in enumerate(zip(channels, strides, strict=True))
     ]
     return FeatureInfo(info, tuple(range(len(info))))
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Have BatchNorms normalize by their stored statistics and keep them, until the next `train()`."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 class Features(nn.Module):

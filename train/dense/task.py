@@ -8,10 +8,9 @@ from mmengine.model import BaseModel
 from timm.data import resolve_model_data_config
 from timm.models import FeatureInfo
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..registry import FUNCTIONS, MODELS
-from .features import Features
+from .features import Features, freeze_statistics
 
 __all__ = ['DenseTask', 'collate']
 
@@ -97,9 +96,7 @@ class DenseTask(BaseModel):
     def train(self, mode: bool = True):
         super().train(mode)
         if mode and self.frozen_norms:
-            for module in self.backbone.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            freeze_statistics(self.backbone)
         return self
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[dict] | None = None, mode: str = 'predict'):

@@ -46,7 +46,7 @@ test-all: lint
 	$(RUN) -m pytest -q -n 2 -m 'not gpu and not downstream'
 
 test-gpu: $(VENV)/.test
-	$(RUN) -m pytest -q -m gpu
+	$(RUN) -m pytest -q -n 8 -m gpu
 
 $(VENV)/.downstream: $(VENV)/.test
 	$(RUN) -m pip install --upgrade-strategy only-if-needed -e '.[test,downstream]'

@@ -33,8 +33,8 @@ TABLES = ('attention_biases', 's_token_bias', 's_scale_factors')  # parameters t
 
 def linear_weights(length: int, new_length: int, like: torch.Tensor) -> torch.Tensor:
     """(new_length, length): each row sums to 1 and interpolates; the first and last positions stay what they are."""
-    step = (length - 1) / torch.sym_max(new_length - 1, 1)
-    position = torch.arange(new_length, device=like.device, dtype=torch.float32)[:, None] * step
+    position = torch.arange(new_length, device=like.device, dtype=torch.float32)
+    position = (position * (length - 1) / position[-1].clamp(min=1))[:, None]
     known = torch.arange(length, device=like.device, dtype=torch.float32)
     return (1 - (position - known).abs()).clamp(min=0).to(like.dtype)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.benchmarks.operators import Benchmark, Calls, Cost, Setting, calls
+from zoo.benchmarks.operators import TOLERANCES, Benchmark, Calls, Cost, Setting, calls
 from zoo.kernels import aggregated_attention
 
 WINDOW_SIZE = 3
@@ -145,4 +145,12 @@ def cost(case: Case, itemsize: int) -> Cost:
     return Cost(tokens * width * itemsize, 2 * case.batch * case.size**2 * width * products)
 
 
-BENCHMARK = Benchmark('aggregated', {'cpu': CPU, 'cuda': CUDA}, contenders, official, cost)
+# In bfloat16 the official formulation itself is 6 % off in the gradients of embedding and temperature, ours 1.4 %.
+BENCHMARK = Benchmark(
+    'aggregated',
+    {'cpu': CPU, 'cuda': CUDA},
+    contenders,
+    official,
+    cost,
+    TOLERANCES | {torch.bfloat16: (2e-2, 1e-1)},
+)

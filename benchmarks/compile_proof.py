@@ -32,13 +32,18 @@ from zoo.kernels.targets import SHARED_KIB, Compiled, compile_for
 from zoo.kernels.tune import OPERATORS
 
 RESULTS = Path(__file__).parent / 'results'
-# Patterns of 'operator problem kernel' -> bytes of stack that they may take.
+# Patterns of 'operator problem kernel' -> bytes of stack that they may take. Neighborhood attention keeps tables in
+# registers for a loop over tiles; what lies in memory is what a program, or a tile, makes once.
 SPILLS = {
     '*': 16,  # a register or four, which ptxas gives up where one more program fits for it
-    'neighborhood bfloat16 57x57 kernel 7x7 head_dim 48 query_gradient': 24,  # on sm_120 alone
     'aggregated *float16 * window 3x3 * forward': 72,  # on sm_120 alone; smaller tiles would leave warps idle
     'aggregated * window 7x7 *_gradient': 48,  # heads of 96 and 128 numbers, which no model has
-    'neighborhood ieee * query_gradient': 280,  # products of float32 without tensor cores hold both factors
+    'neighborhood *': 850,
+}
+# Patterns -> share of the longest loop's instructions that may load what was spilled.
+RELOADS = {
+    '*': 0.05,
+    'neighborhood *': 0.1,
 }
 # Kernels without products of matrices, and products that tensor cores do not compute.
 NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure', '* learnable_gradient', 'aggregated * key_gradient')
@@ -56,13 +61,17 @@ class Task(NamedTuple):
         return f'{self.operator} {self.problem} {self.kernel}'
 
 
-def _examples(operator: str) -> Iterator[tuple[str, Launch]]:
-    """(problem, launch) of every kernel for every row of an operator's table."""
+def _examples(operator: str) -> Iterator[tuple[str, Launch, list[int]]]:
+    """(problem, launch, targets that take it) of every kernel for every row of an operator's table."""
     module = OPERATORS[operator]
-    for row in configs.load(module.CONFIGS):
+    rows = configs.load(module.CONFIGS)
+    for index, row in enumerate(rows):
+        before = [each for each in rows[:index] if each['match'] == row['match']]
+        taken = {target for each in before for target in each.get('targets', SHARED_KIB)}
+        targets = [target for target in row.get('targets', SHARED_KIB) if target not in taken]
         for name, problem in module.problems(row):
             for launches in module.launches(configs.blocks(row), **problem).values():
-                yield from ((name, launch) for launch in launches)
+                yield from ((name, launch, targets) for launch in launches)
 
 
 def tasks(operators: list[str], targets: list[int], only: str = '*') -> list[Task]:
@@ -70,14 +79,15 @@ def tasks(operators: list[str], targets: list[int], only: str = '*') -> list[Tas
     return [
         Task(operator, problem, launch.kernel.__name__, index, target)
         for operator in operators
-        for index, (problem, launch) in enumerate(_examples(operator))
+        for index, (problem, launch, takers) in enumerate(_examples(operator))
         if fnmatch.fnmatch(problem, only)
         for target in targets
+        if target in takers
     ]
 
 
 def compile_one(task: Task) -> Compiled:
-    _, launch = next(itertools.islice(_examples(task.operator), task.index, None))
+    _, launch, _ = next(itertools.islice(_examples(task.operator), task.index, None))
     return compile_for(launch, task.target)
 
 
@@ -96,6 +106,8 @@ def failures(task: Task, result: Compiled | str) -> list[str]:
     found = []
     if result.stack > max(SPILLS[pattern] for pattern in _matches(task, SPILLS)):
         found.append(f'{result.stack} bytes of stack')
+    if result.reloads > result.loop * max(RELOADS[pattern] for pattern in _matches(task, RELOADS)):
+        found.append(f'{result.reloads} of {result.loop} instructions of a loop for spilled registers')
     if result.shared > SHARED_KIB[task.target] * 1024:
         found.append(f'{result.shared} bytes of shared memory, of {SHARED_KIB[task.target]} KiB')
     if not result.instructions and not _matches(task, NO_TENSOR_CORES):
@@ -120,20 +132,25 @@ def prove(found: list[Task], jobs: int = 1, progress: Progress | None = None) ->
     return {task: results[task] for task in found}
 
 
+def _of(limits: dict[str, float], operators: Iterable[str]) -> dict[str, float]:
+    return {pattern: limit for pattern, limit in limits.items() if pattern.split()[0] in ('*', *operators)}
+
+
 def report(results: dict[Task, Compiled | str]) -> dict:
     """{'machine', ..., 'failures', 'operators': {operator: {problem: {kernel: {target: figures}}}}}."""
     operators: dict = {}
     for task, result in results.items():
         kernels = operators.setdefault(task.operator, {}).setdefault(task.problem, {})
         kernels.setdefault(task.kernel, {})[f'sm_{task.target}'] = (
-            result if isinstance(result, str) else [*result[:3], ' '.join(result.instructions)]
+            result if isinstance(result, str) else [*result[:-1], ' '.join(result.instructions)]
         )
     wrong = {f'{task.title} sm_{task.target}': failures(task, result) for task, result in results.items()}
     return {
         'machine': machine(),
-        'figures': ['registers', 'stack', 'shared', 'instructions'],
+        'figures': list(Compiled._fields),
         'compiled': len(results),
-        'allowed stack': {pattern: n for pattern, n in SPILLS.items() if pattern.split()[0] in ('*', *operators)},
+        'allowed stack': _of(SPILLS, operators),
+        'allowed reloads': _of(RELOADS, operators),
         'failures': {title: reasons for title, reasons in wrong.items() if reasons},
         'operators': operators,
     }
@@ -145,11 +162,24 @@ def table(results: dict[Task, Compiled | str]) -> Table:
     for task in results:
         groups.setdefault((task.operator, task.kernel, task.target), []).append(task)
     shown = Table(
-        'operator', 'kernel', 'target', 'problems', 'registers', 'stack', 'shared KiB', 'instructions', 'failed'
+        'operator',
+        'kernel',
+        'target',
+        'problems',
+        'registers',
+        'stack',
+        'loop',
+        'reloads',
+        'shared KiB',
+        'instructions',
+        'failed',
     )
     for (operator, kernel, target), group in groups.items():
         compiled = [results[task] for task in group if not isinstance(results[task], str)]
-        figures = [str(max((getattr(each, name) for each in compiled), default='')) for name in ('registers', 'stack')]
+        figures = [
+            str(max((getattr(each, name) for each in compiled), default=''))
+            for name in ('registers', 'stack', 'loop', 'reloads')
+        ]
         shared = f'{max((each.shared for each in compiled), default=0) / 1024:.0f}'
         instructions = ' '.join(sorted({name for each in compiled for name in each.instructions}))
         failed = sum(bool(failures(task, results[task])) for task in group)

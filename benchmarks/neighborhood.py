@@ -23,6 +23,7 @@ from zoo.kernels import neighborhood_attention
 from zoo.kernels.neighborhood.reference import neighbors
 
 KERNEL_SIZE = 7
+DENSE_SCORES = 2**30  # a head's; beyond, masked attention takes seconds a call
 NATTEN_BACKENDS = ('blackwell-fna', 'hopper-fna', 'cutlass-fna', 'flex-fna')
 
 
@@ -51,7 +52,7 @@ CUDA = {
         batch, side // 4 // 2**i, 2 * 2**i, dilation=side // 4 // 2**i // KERNEL_SIZE if dilated else 1
     )
     for side in (224, 512, 1024)
-    for batch in (1, 128)
+    for batch in (128, 1)
     for i, stage in enumerate((1, 2, 3))
     for dilated in (False, True)
 }
@@ -67,7 +68,7 @@ def gather(query, key, value, bias, kernel_size, dilation, scale) -> Tensor:
     if bias is not None:
         bias = bias[:, row_offset[:, None, :, None], column_offset[None, :, None, :]]
         scores = scores + bias.flatten(3).permute(1, 2, 0, 3)
-    return torch.einsum('bxyhn,bxynhd->bxyhd', scores.softmax(-1), values)
+    return torch.einsum('bxyhn,bxynhd->bxyhd', scores.softmax(-1).to(values.dtype), values)
 
 
 def named(implementation: str, query, key, value, bias, case: Case) -> Tensor:
@@ -75,7 +76,9 @@ def named(implementation: str, query, key, value, bias, case: Case) -> Tensor:
 
 
 def dense(query, key, value, bias, case: Case) -> Tensor:
-    """Fused attention over the whole map, masked to the windows."""
+    """Fused attention over the whole map, masked to the windows; Unavailable for a map whose mask takes gigabytes."""
+    if case.size**4 > DENSE_SCORES:
+        raise Unavailable(f'masked attention of {case.size}x{case.size} positions has {case.size**4} scores a head')
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (query, key, value))
     index, _ = neighbors(case.size, KERNEL_SIZE, case.dilation, query.device)
     near = torch.zeros(case.size, case.size, dtype=torch.bool, device=query.device).scatter_(1, index, True)
@@ -97,7 +100,10 @@ def flex(case: Case, device: str, block_size: int) -> Callable:
     def inside(batch, head, query, key):
         return near(query // size, key // size) & near(query % size, key % size)
 
-    mask = create_block_mask(inside, None, None, size**2, size**2, device=device, BLOCK_SIZE=block_size)
+    create = create_block_mask
+    if size**4 > DENSE_SCORES:
+        create = torch.compile(create_block_mask)  # else all pairs of positions are in memory, at 18 bytes each
+    mask = create(inside, None, None, size**2, size**2, device=device, BLOCK_SIZE=block_size)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query, key, value, bias, case):

@@ -23,6 +23,7 @@ POINTERS = {
     torch.int32: '*i32',
     torch.int64: '*i64',
 }
+INSTRUCTION = re.compile(r'/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);')  # of cuobjdump -sass
 TENSOR_CORE = re.compile(r'(wgmma\.mma_async|tcgen05\.mma|mma\.sync)')
 
 
@@ -32,7 +33,19 @@ class Compiled(NamedTuple):
     registers: int
     stack: int  # bytes; more than none are spilled registers
     shared: int  # bytes
+    loop: int  # instructions of the longest loop that has no other in it
+    reloads: int  # of them those that load spilled registers
     instructions: tuple[str, ...]
+
+
+def longest_loop(listing: str) -> list[str]:
+    """Names of the instructions of the longest loop that has no other in it, by what `cuobjdump -sass` prints."""
+    found = [(int(address, 16), name, operands) for address, name, operands in INSTRUCTION.findall(listing)]
+    jumps = [(re.search(r'0x([0-9a-f]+)', operands), address) for address, name, operands in found if name == 'BRA']
+    loops = [(int(start[1], 16), end) for start, end in jumps if start and int(start[1], 16) < end]
+    inner = [(start, end) for start, end in loops if not any(start <= a and b < end for a, b in loops)]
+    start, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    return [name for address, name, _ in found if start <= address <= end]
 
 
 def _specialised(launch: Launch) -> tuple[dict, dict, dict]:
@@ -70,7 +83,11 @@ def compile_for(launch: Launch, target: int) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, 'kernel.cubin')
         file.write_bytes(compiled.asm['cubin'])
-        usage = subprocess.run([cuobjdump, '-res-usage', file], capture_output=True, text=True, check=True)
+        usage, listing = (
+            subprocess.run([cuobjdump, option, file], capture_output=True, text=True, check=True)
+            for option in ('-res-usage', '-sass')
+        )
     registers, stack = re.search(r'REG:(\d+).*?STACK:(\d+)', usage.stdout + usage.stderr).groups()
+    loop = longest_loop(listing.stdout)
     instructions = tuple(sorted(set(TENSOR_CORE.findall(compiled.asm['ptx']))))
-    return Compiled(int(registers), int(stack), compiled.metadata.shared, instructions)
+    return Compiled(int(registers), int(stack), compiled.metadata.shared, len(loop), loop.count('LDL'), instructions)

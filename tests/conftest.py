@@ -104,7 +104,11 @@ def tiny(name: str, **kwargs):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Triton interprets in a whole process or not at all: tests of the other kind are not this process's."""
-    others = [item for item in items if item.get_closest_marker('compiled' if INTERPRETED else 'interpreted')]
+    """Deselect what needs a GPU where there is none, and what needs Triton to interpret, or not to.
+
+    It interprets in a whole process or not at all: tests of the other kind are not this process's.
+    """
+    unfit = ['compiled' if INTERPRETED else 'interpreted', *([] if torch.cuda.is_available() else ['gpu'])]
+    others = [item for item in items if any(item.get_closest_marker(name) for name in unfit)]
     items[:] = [item for item in items if item not in others]
     config.hook.pytest_deselected(items=others)

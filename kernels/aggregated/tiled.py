@@ -81,7 +81,8 @@ class _Problem:
         pooled_key, pooled_value = (x.to(dtype).transpose(1, 2) for x in (pooled_key, pooled_value))
         self.pooled = pooled_key.shape[2]
         self.pooled_norm = _norm(pooled_key)
-        self.pooled_key, self.pooled_value = pooled_key / self.pooled_norm, pooled_value.contiguous()
+        # PyTorch's fused attention on the CPU takes a head's numbers for neighbours in memory, without asking.
+        self.pooled_key, self.pooled_value = (pooled_key / self.pooled_norm).contiguous(), pooled_value.contiguous()
 
         inside = (window(length, window_size, query.device)[1] for length in (self.height, self.width))
         self.length = log_length(*inside, self.pooled).to(dtype)[..., None, None]  # (H, W, 1, 1)

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).with_name('configs.json')
 KERNEL_SIZE = 13  # the greatest
 WIDE_KERNEL_SIZE = 7  # the greatest in float32 where head_dim is greater than WIDE: shared memory holds no more
 WIDE = 64
+KEPT = 128  # numbers of tables that a thread keeps at most, of its 255 registers; less where head_dim is above WIDE
 
 
 def judge(problem: Problem) -> Verdict:
@@ -33,6 +34,31 @@ def judge(problem: Problem) -> Verdict:
             f'in float32 with a head_dim above {WIDE} it takes kernel sizes up to {WIDE_KERNEL_SIZE}, not {greatest}'
         )
     return launch.judge(problem)
+
+
+def _groups(length: int, dilation: int, tile: int) -> list[int]:
+    """Tiles of an axis by group, of all residue classes, as `place` of the kernels counts them."""
+    found = []
+    longer = length % dilation
+    for size, residues in ((length // dilation + 1, longer), (length // dilation, dilation - longer)):
+        tiles = -(-size // tile)
+        counts = [1] * tiles if tiles < 5 else [1, tiles - 3, 1, 1]
+        found += [residues * count for count in counts if residues]
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _share(
+    batch: int, size: tuple[int, int], dilation: tuple[int, int], tile: tuple[int, int], most: int
+) -> tuple[int, int]:
+    """How many tiles of a head a program has, and how many programs that makes: `most`, or as many as groups."""
+    rows, columns = (_groups(*axis) for axis in zip(size, dilation, tile, strict=True))
+    counts = [batch * n * m for n in rows for m in columns]
+    most = max(most, len(counts))
+    share = max(1, -(-sum(counts) // most))
+    while (programs := sum(-(-count // share) for count in counts)) > most:
+        share += max(1, share // 16)
+    return share, programs
 
 
 @lru_cache(maxsize=1024)
@@ -74,12 +100,14 @@ class Call:
         self.kernel_size, self.dilation = tuple(kernel_size), tuple(dilation)
         self.lengths = -(-self.height // dilation[0]), -(-self.width // dilation[1])  # of the longest residue class
         arithmetic = arithmetic or launch.arithmetic(query.dtype)
-        listed = 'half' if launch.INTERPRETED else arithmetic  # the interpreter takes its time by the step
-        self.blocks = blocks or _blocks(self.lengths, self.kernel_size, head_dim, listed, query.device)
+        self.arithmetic = 'half' if launch.INTERPRETED else arithmetic  # the interpreter takes its time by the step
+        self.device = query.device
+        self.blocks = blocks or _blocks(self.lengths, self.kernel_size, head_dim, self.arithmetic, self.device)
         self.arguments = {
             **tensors,
             **launch.strides('byxhd', **tensors),
             'bias': None if bias is None else bias.contiguous(),
+            'batch': self.batch,
             'height': self.height,
             'width': self.width,
             'heads': self.heads,
@@ -94,7 +122,7 @@ class Call:
             'PRECISION': 'tf32' if arithmetic == 'tf32' else 'ieee',
         }
 
-    def cut(self, name: str) -> dict[str, int]:
+    def cut(self, name: str) -> dict[str, object]:
         """How kernel `name` is cut. Where a tile holds a whole residue class, its halo is the tile."""
         block = self.blocks[name]
         halo, span = [], []
@@ -104,39 +132,52 @@ class Call:
             halo.append(0 if length <= tile else kernel // 2)
             span.append(tile if length <= tile else tile + kernel - 1)
         columns = next_power_of_2(span[1])
+        rows = max(16 // columns, min(block.step // columns, next_power_of_2(span[0])), 1)
+        steps = -(-span[0] // rows)
+        size = max(16, next_power_of_2(block.tile[0] * block.tile[1]))
         return {
             'TILE_Y': block.tile[0],
             'TILE_X': block.tile[1],
             'HALO_Y': halo[0],
             'HALO_X': halo[1],
             'SPAN_Y': span[0],
+            'SPAN_X': span[1],
             'COLUMNS': columns,
-            'ROWS': max(16 // columns, min(block.step // columns, next_power_of_2(span[0])), 1),
-            'BLOCK_M': max(16, next_power_of_2(block.tile[0] * block.tile[1])),
+            'ROWS': rows,
+            'STEPS': steps,
+            'KEPT': self._keeps(name, size * rows * columns * steps // (32 * block.num_warps)),
+            'BLOCK_M': size,
         }
 
-    def tiles(self, name: str) -> int:
-        """Tiles of a head, in all images and residue classes."""
-        tiles = self.batch * self.dilation[0] * self.dilation[1]
-        for length, tile in zip(self.lengths, self.blocks[name].tile, strict=True):
-            tiles *= -(-length // tile)
-        return tiles
+    def _keeps(self, name: str, numbers: int) -> bool:
+        """Whether a thread keeps so many `numbers` of the tables of all steps."""
+        tile = self.blocks[name].tile
+        if name == 'key' and any(length < kernel for length, kernel in zip(tile, self.kernel_size, strict=True)):
+            return False
+        return self.arithmetic == 'half' and numbers <= KEPT * WIDE // max(self.arguments['BLOCK_D'], WIDE)
 
-    def _launch(self, kernel, block: str, programs: int, cut: dict[str, int], **arguments) -> Launch:
-        return Launch.of(kernel, programs, self.blocks[block], {**self.arguments, **cut, **arguments})
+    def _share(self, name: str, steps: int = 1) -> tuple[int, int]:
+        """How many tiles a program has at most, and how many programs a head has; each has one of `steps`."""
+        most = max(1, launch.programs(self.device) // (self.heads * steps))
+        size = self.height, self.width
+        return _share(self.batch, size, self.dilation, self.blocks[name].tile, most)
+
+    def _launch(self, kernel, block: str, cut: dict[str, object], steps: int = 1, **arguments) -> Launch:
+        share, programs = self._share(block, steps)
+        given = {**self.arguments, **cut, 'share': share, **arguments}
+        return Launch.of(kernel, programs * self.heads * steps, self.blocks[block], given)
 
     def forward(self, output: Tensor, log_sum: Tensor) -> Launch:
         from .triton_kernels import forward
 
-        programs = self.tiles('forward') * self.heads
-        return self._launch(forward, 'forward', programs, self.cut('forward'), output=output, log_sum=log_sum)
+        return self._launch(forward, 'forward', self.cut('forward'), output=output, log_sum=log_sum)
 
     def query_gradient(self, output: Tensor, log_sum: Tensor, delta: Tensor, d_query: Tensor) -> Launch:
         """Fills `delta` too, which the kernels after it read."""
         from .triton_kernels import query_gradient
 
         tensors = dict(output=output, log_sum=log_sum, delta=delta, d_query=d_query)
-        return self._launch(query_gradient, 'query', self.tiles('query') * self.heads, self.cut('query'), **tensors)
+        return self._launch(query_gradient, 'query', self.cut('query'), **tensors)
 
     def key_gradient(
         self, log_sum: Tensor, delta: Tensor | None, d_key: Tensor | None, d_value: Tensor | None
@@ -144,23 +185,23 @@ class Call:
         from .triton_kernels import key_gradient
 
         tensors = dict(log_sum=log_sum, delta=delta, d_key=d_key, d_value=d_value)
-        return self._launch(key_gradient, 'key', self.tiles('key') * self.heads, self.cut('key'), **tensors)
+        return self._launch(key_gradient, 'key', self.cut('key'), **tensors)
 
     def bias_gradient(self, log_sum: Tensor, delta: Tensor, d_bias: Tensor) -> Iterator[Launch]:
-        """Two launches. `d_bias` is contiguous and float32."""
+        """Two launches, the second to be made after the first has run. `d_bias` is contiguous and float32."""
         from .triton_kernels import bias_gradient, bias_gradient_sum
 
-        cut, tiles = self.cut('bias'), self.tiles('bias')
-        steps = -(-cut['SPAN_Y'] // cut['ROWS'])
-        parts = max(1, min(tiles, launch.programs(log_sum.device) // (self.heads * steps)))
-        programs = self.heads * steps * parts
-        size = cut['BLOCK_M'] * cut['ROWS'] * cut['COLUMNS']
-        partial = torch.empty(programs * size, dtype=torch.float32, device=log_sum.device)
+        cut = self.cut('bias')
+        steps = cut['STEPS']
+        scores = cut['BLOCK_M'] * cut['ROWS'] * cut['COLUMNS']
+        _, programs = self._share('bias', steps)
+        partial = torch.empty(programs, self.heads * steps * scores, dtype=torch.float32, device=log_sum.device)
         tensors = dict(log_sum=log_sum, delta=delta, partial=partial)
-        yield self._launch(bias_gradient, 'bias', programs, cut, tiles=tiles, parts=parts, **tensors)
+        yield self._launch(bias_gradient, 'bias', cut, steps, **tensors)
+        given = {**self.arguments, **cut, 'BLOCK_E': next_power_of_2(2 * self.kernel_size[1] - 1)}
         rows = self.heads * (2 * self.kernel_size[0] - 1)
-        cut['BLOCK_E'] = next_power_of_2(2 * self.kernel_size[1] - 1)
-        yield self._launch(bias_gradient_sum, 'bias', rows, cut, partial=partial, d_bias=d_bias, parts=parts)
+        tensors = dict(partial=partial.sum(0), d_bias=d_bias)
+        yield Launch.of(bias_gradient_sum, rows, self.blocks['bias'], {**given, **tensors})
 
 
 @torch.library.custom_op('zoo::neighborhood_attention_triton', mutates_args=())

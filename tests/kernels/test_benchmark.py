@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from zoo.benchmarks import aggregated, kernels, neighborhood, routing, window
+from zoo.benchmarks import aggregated, kernels, neighborhood, operators, routing, window
 from zoo.benchmarks.timing import interleaved, peak_memory
 
 SMALL = {
@@ -34,6 +34,15 @@ def test_an_operator_is_measured_beside_a_baseline(module, monkeypatch):
     assert functions.pop('forward only')['train'] is None
     assert all(figures['train'] > 0 for figures in functions.values())
     assert {'date', 'processor', 'versions'} <= set(report['machine'])
+
+
+@pytest.mark.parametrize('module', SMALL, ids=lambda module: module.BENCHMARK.name)
+def test_contenders_agree_in_the_dtype_of_a_gpu(module, monkeypatch):
+    monkeypatch.setattr('torch.compile', lambda function, **kwargs: function)
+    setting = operators.Setting('cpu', operators.DTYPES['cuda'])
+    case = SMALL[module]._replace(size=30 if module is neighborhood else 24)
+    contenders = module.contenders(case, setting)
+    assert module.BENCHMARK._agreeing(contenders, setting) == list(contenders)
 
 
 def test_what_computes_something_else_is_found_out():

@@ -38,6 +38,9 @@ CASES = [
     Case((8, 20), (1, 13), batch=2),  # rows alone
     Case((29,), 7, 2, batch=2, heads=2),  # one axis, of 15 and 14
     Case((4, 5), (3, 1), (1, 2), heads=2),  # two residues of columns
+    Case((32, 44), 3, batch=2),  # tiles that touch no border, and programs with some of each
+    Case((211,), 9, 2, batch=3, biased=False),  # so for an axis, with residue classes of two sizes
+    Case((4, 70), (3, 13)),  # keys of a tile that is smaller than a window
 ]
 
 
@@ -226,6 +229,14 @@ def test_tuning_takes_the_fastest_block_of_each_kernel(tmp_path):
     problem = dict(arithmetic='half', head_dim=32, kernel_size=7, height=56, width=56)
     found = [configs.find(tmp_path / 'table.json', target, **problem)['forward'] for target in (90, 80)]
     assert [block.tile[1] for block in found] == [12, 10]
+
+
+def test_rows_to_tune_are_chosen_by_a_pattern_of_their_problems():
+    found = tune.rows_to_tune(triton, 'bfloat16*kernel 7x7 head_dim 32')
+    assert {row['match']['head_dim'] for row in found} == {32}
+    assert len(found) < len(tune.rows_to_tune(triton)) < len(configs.load(triton.CONFIGS))
+    with pytest.raises(ValueError, match="pattern 'int8'; there are 'bfloat16 "):
+        tune.rows_to_tune(triton, 'int8')
 
 
 @pytest.mark.gpu

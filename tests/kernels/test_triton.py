@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from zoo.benchmarks import compile_proof
-from zoo.kernels import configs, explain, launch, neighborhood_attention, tune
+from zoo.kernels import configs, explain, launch, neighborhood_attention, targets, tune
 from zoo.kernels.dispatch import Problem
 
 from .harness import packed
@@ -42,12 +42,29 @@ def test_some_shipped_configurations_compile_without_a_gpu(operator, problem, co
 
 def test_a_configuration_that_is_too_much_for_a_gpu_fails_the_proof():
     task = compile_proof.Task('neighborhood', 'bfloat16', 'forward', 0, 86)
-    result = compile_proof.Compiled(registers=255, stack=8000, shared=100 << 10, instructions=())
-    assert [reason.split()[-1] for reason in compile_proof.failures(task, result)] == ['stack', 'KiB', 'instruction']
+    result = compile_proof.Compiled(255, stack=8000, shared=100 << 10, loop=9, reloads=2, instructions=())
+    reasons = [reason.split()[-1] for reason in compile_proof.failures(task, result)]
+    assert reasons == ['stack', 'registers', 'KiB', 'instruction']
     assert compile_proof.failures(task, 'ptxas: no') == ['ptxas: no']
-    fits = compile_proof.Compiled(registers=128, stack=0, shared=99 << 10, instructions=('mma.sync',))
+    fits = compile_proof.Compiled(128, stack=0, shared=99 << 10, loop=9, reloads=0, instructions=('mma.sync',))
     assert not compile_proof.failures(task, fits)
     assert compile_proof.table({task: result}).row_count == 1
+
+
+@compiled
+def test_a_row_of_the_table_is_compiled_for_the_gpus_that_take_it():
+    problem = 'bfloat16 57x57 kernel 7x7 head_dim 32'  # of two rows, one of them for some GPUs alone
+    taken = [(task.index, task.target) for task in compile_proof.tasks(['neighborhood'], [80, 86, 90], problem)]
+    assert len({index for index, target in taken if target == 86}) == 5
+    assert not {index for index, target in taken if target == 86} & {index for index, target in taken if target != 86}
+
+
+def test_the_longest_loop_of_a_listing_is_found():
+    lines = [(0x10, 'MOV R1, R2'), (0x20, 'FADD R1, R2, R3'), (0x30, 'LDL R5, [R1]'), (0x40, '@P0 BRA 0x20')]
+    lines += [(0x50, '@!P1 BRA 0x10'), (0x60, 'IMAD.MOV.U32 R1, RZ, RZ, R2'), (0x70, 'BRA 0x60'), (0x80, 'BRA 0x90')]
+    listing = '\n'.join(f'        /*{address:04x}*/      {text} ;   /* 0x000 */' for address, text in lines)
+    assert targets.longest_loop(listing) == ['FADD', 'LDL', 'BRA']
+    assert targets.longest_loop('no loop') == []
 
 
 def verdict(operator, device='cuda', dtype=torch.float16, head_dim=32, capability=(8, 0)):

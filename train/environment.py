@@ -90,5 +90,7 @@ def _commit(folder: Path) -> str | None:
 
 
 def _packages() -> dict[str, str]:
-    found = {each.metadata['Name']: each.version for each in importlib.metadata.distributions()}
+    found = {}
+    for each in importlib.metadata.distributions():  # in the order of sys.path: a later one of a name is not imported
+        found.setdefault(each.metadata['Name'], each.version)
     return {name: found[name] for name in sorted(filter(None, found), key=str.lower)}

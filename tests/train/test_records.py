@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.train import pictures, records
+from zoo.train.environment import environment
 from zoo.train.records import Curve, ProgressBar, RuntimeInfo, Speed, TensorBoard, duration, read_curve
 from zoo.train.run import train
 
@@ -321,3 +322,12 @@ def test_losses_are_means_over_the_processes(tmp_path):
     assert [line['loss'] for line in lines] == [5.5, 7.5]
     assert [line['grad_norm'] for line in lines] == [5.0, 5.0]
     assert [b['iter'] - a['iter'] for a, b in itertools.pairwise(lines)] == [2]
+
+
+def test_of_a_package_that_is_installed_twice_the_imported_version_is_recorded(tmp_path, monkeypatch):
+    for folder, version in (('imported', '2.0'), ('shadowed', '1.0')):
+        metadata = tmp_path / folder / f'twice-{version}.dist-info' / 'METADATA'
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f'Metadata-Version: 2.1\nName: twice\nVersion: {version}\n')
+    monkeypatch.setattr(sys, 'path', [str(tmp_path / 'imported'), str(tmp_path / 'shadowed'), *sys.path])
+    assert environment()['packages']['twice'] == '2.0'

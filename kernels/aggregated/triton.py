@@ -26,7 +26,9 @@ FLOATING = (*MAPS, *POOLED, *PARAMETERS)
 # Parameters whose gradients are sums over all queries, by the kernel that makes them.
 OF_LEARNABLE, OF_PARAMETERS = {'learnable_tokens', 'learnable_bias'}, {'query_embedding', 'temperature', 'local_bias'}
 BLOCK_P = 32  # pooled keys of a program that only measures or sums them
-BLOCK_T = 128  # columns of the table of biases of a program that only sums them
+BLOCK_R, BLOCK_T = 8, 128  # pairs of rows, and columns of the table of biases, of a program that only sums them
+IMAGES = 8  # that a program goes through, where there are so many
+SCORES = 2**24  # gradients of scores, sums over images, that are kept at a time
 
 
 def judge(problem: Problem) -> Verdict:
@@ -94,10 +96,11 @@ class Call:
             'table_y': self.table[0],
             'table_x': self.table[1],
             'WINDOW': window_size,
-            'CELLS': next_power_of_2(window_size**2),
+            'CELLS': max(16, next_power_of_2(window_size**2)),
             'HEAD_DIM': head_dim,
             'BLOCK_D': max(16, next_power_of_2(head_dim)),
             'BLOCK_P': BLOCK_P,
+            'BLOCK_R': BLOCK_R,
             'BLOCK_T': BLOCK_T,
             'ALIGN': math.gcd(16, *starts),
             'UPCAST': launch.INTERPRETED and query.dtype == torch.bfloat16,
@@ -108,14 +111,19 @@ class Call:
         """How kernel `name` is cut."""
         tile_y, tile_x = self.blocks[name].tile
         rows, columns = (next_power_of_2(n) for n in self.pooled)
-        least = 16 if name == 'bias' else 1  # it takes one row of pooled keys a step
-        columns = max(least, min(columns, self.blocks[name].step))
+        step = self.blocks[name].step
+        columns = min(columns, step)
+        rows = max(16 // columns, min(step // columns, rows))
+        halo_y, halo_x = tile_y + self.window_size - 1, tile_x + self.window_size - 1
         return {
             'TILE_Y': tile_y,
             'TILE_X': tile_x,
             'BLOCK_M': max(16, next_power_of_2(tile_y * tile_x)),
+            'HALO_Y': halo_y,
+            'HALO_X': halo_x,
+            'HALO': max(16, next_power_of_2(halo_y * halo_x)),
             'COLUMNS': columns,
-            'ROWS': max(16 // columns, min(self.blocks[name].step // columns, rows)),
+            'ROWS': rows,
         }
 
     def tiles(self, name: str) -> int:
@@ -127,6 +135,12 @@ class Call:
         """Among how many programs the work of each of `programs` is divided, up to `most`, to keep the device busy."""
         return max(1, min(most, launch.programs(self.device) // max(programs, 1)))
 
+    def over_images(self, name: str) -> tuple[int, int]:
+        """How many programs have a tile and head each, and among how many of them the images of one are divided."""
+        programs = self.tiles(name) * self.heads
+        parts = max(self.parts(programs, self.batch), -(-self.batch // IMAGES))
+        return programs * parts, parts
+
     def new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
@@ -134,12 +148,14 @@ class Call:
         return Launch.of(kernel, programs, self.blocks[block], {**self.arguments, **self.cut(block), **arguments})
 
     def measure(self) -> Launch:
-        """Makes the two numbers of each pooled key that the kernels after it read."""
+        """Makes the two numbers of each pooled key, and that of each pixel, that the kernels after it read."""
         from .triton_kernels import measure
 
         pooled = self.pooled[0] * self.pooled[1]
         self.arguments |= {name: self.new(self.batch, self.heads, pooled) for name in ('inverse', 'along')}
-        return self._launch(measure, 'forward', self.batch * self.heads * -(-pooled // BLOCK_P))
+        self.arguments['lengths'] = self.new(self.height, self.width)
+        programs = self.batch * self.heads * -(-pooled // BLOCK_P) + -(-self.height * self.width // BLOCK_T)
+        return self._launch(measure, 'forward', programs)
 
     def forward(self, output: Tensor, log_sum: Tensor) -> Launch:
         from .triton_kernels import forward
@@ -163,10 +179,11 @@ class Call:
         """
         from .triton_kernels import learnable_gradient
 
-        shape = self.window_size**2, self.arguments['BLOCK_D'] + 1
-        tiles, parts, sums = self._sums('learnable', *shape, summed=summed)
-        tensors = dict(output=output, delta=delta, d_learnable=sums, tiles=tiles, parts=parts)
-        return self._launch(learnable_gradient, 'learnable', self.heads * parts, **tensors), sums
+        programs, parts = self.over_images('learnable')
+        shape = programs // self.heads, self.window_size**2, self.arguments['BLOCK_D'] + 1
+        sums = self.new(self.heads, *shape) if summed else None
+        tensors = dict(output=output, delta=delta, d_learnable=sums, batch=self.batch, parts=parts)
+        return self._launch(learnable_gradient, 'learnable', programs, **tensors), sums
 
     def query_gradient(
         self, log_sum: Tensor, delta: Tensor, d_query: Tensor, summed: bool
@@ -222,21 +239,23 @@ class Call:
         yield self._launch(pooled_gradient_sum, 'pooled', self.batch * self.heads * -(-pooled // BLOCK_P), **tensors)
 
     def bias_gradient(self, log_sum: Tensor, delta: Tensor, d_bias: Tensor) -> Iterator[Launch]:
-        """Two launches. `d_bias` is contiguous and float32."""
+        """Two launches a band of rows of the map. `d_bias` is contiguous and float32."""
         from .triton_kernels import bias_gradient, bias_gradient_sum
 
-        cut, (rows, columns) = self.cut('bias'), self.table
-        row_pairs, row_starts = _by_place(self.index[0], rows)
-        column_pairs, column_starts = _by_place(self.index[1], columns)
-        programs = self.heads * rows * -(-self.width // cut['BLOCK_M']) * -(-self.pooled[1] // cut['COLUMNS'])
-        parts = self.parts(programs, self.batch)
-        d_scores = self.new(self.heads, parts, rows, self.width, self.pooled[1])
-        tensors = dict(row_pairs=row_pairs, row_starts=row_starts, log_sum=log_sum, delta=delta, d_scores=d_scores)
-        yield self._launch(bias_gradient, 'bias', programs * parts, batch=self.batch, parts=parts, **tensors)
-        tensors = dict(column_pairs=column_pairs, column_starts=column_starts, d_scores=d_scores, d_bias=d_bias)
-        yield self._launch(
-            bias_gradient_sum, 'bias', self.heads * rows * -(-columns // BLOCK_T), parts=parts, **tensors
-        )
+        cut, tile_y, (rows, columns) = self.cut('bias'), self.blocks['bias'].tile[0], self.table
+        pooled = self.pooled[0] * self.pooled[1]
+        steps = self.heads * -(-self.pooled[0] // cut['ROWS']) * -(-self.pooled[1] // cut['COLUMNS'])
+        parts = self.parts(self.tiles('bias') * steps, self.batch)
+        band = max(1, SCORES // (self.heads * parts * tile_y * self.width * pooled)) * tile_y
+        d_scores = self.new(self.heads, parts, min(band, self.height), self.width, pooled)
+        tensors = dict(log_sum=log_sum, delta=delta, d_scores=d_scores, d_bias=d_bias, batch=self.batch, parts=parts)
+        for axis, index, places in zip(('row', 'column'), self.index, self.table, strict=True):
+            tensors[f'{axis}_pairs'], tensors[f'{axis}_starts'] = _by_place(index, places)
+        for first in range(0, self.height, band):
+            tensors |= dict(first_row=first, last_row=min(first + band, self.height))
+            tiles = -(-(tensors['last_row'] - first) // tile_y) * -(-self.width // self.blocks['bias'].tile[1])
+            yield self._launch(bias_gradient, 'bias', tiles * steps * parts, **tensors)
+            yield self._launch(bias_gradient_sum, 'bias', self.heads * rows * -(-columns // BLOCK_T), **tensors)
 
 
 @torch.library.custom_op('zoo::aggregated_attention_triton', mutates_args=())

@@ -3,8 +3,9 @@
 A program has a tile of TILE_Y x TILE_X pixels of one head: queries in all kernels but `key_gradient`, which has keys,
 and those that are about pooled keys. Pooled keys are met ROWS rows of COLUMNS a step, so that the column of each is the
 same in all steps of a column of steps: what a bias depends on by the columns is loaded once for these. The window is
-met a cell at a time, by products of vectors. M counts pixels of a tile, N pooled keys of a step; offsets into memory
-are of 64 bits. Vectors are read as they are and divided by their norms in registers: `inverse` is of the norm.
+met a cell at a time, by products of vectors, but in `learnable_gradient`, which multiplies matrices. M counts pixels of
+a tile, N pooled keys of a step or pixels around a tile; offsets into memory are of 64 bits. Vectors are read as they
+are and divided by their norms in registers: `inverse` is of the norm.
 """
 
 import triton
@@ -82,7 +83,7 @@ def load_parameter(pointer, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexp
 @triton.jit
 def inverse_norm(x):
     """Of vectors [M, D] of float32."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS)
+    return tl.rsqrt(tl.maximum(tl.sum(x * x, 1), EPS * EPS))
 
 
 @triton.jit
@@ -97,13 +98,6 @@ def keys_of(position, length, WINDOW: tl.constexpr):
     """How many positions of a window lie on its axis."""
     last, first = tl.minimum(position + WINDOW // 2, length - 1), tl.maximum(position - WINDOW // 2, 0)
     return last - first + 1
-
-
-@triton.jit
-def log_length(y, x, height, width, pooled, WINDOW: tl.constexpr):
-    """Logarithm of the number of keys of the queries at (y, x); finite outside of the map."""
-    count = keys_of(y, height, WINDOW) * keys_of(x, width, WINDOW) + pooled
-    return tl.log(tl.maximum(count, 1).to(tl.float32))
 
 
 @triton.jit
@@ -125,35 +119,81 @@ def rows_of(places, y, first_i, i, height, pooled_height, ROWS: tl.constexpr):
 
 
 @triton.jit
+def surroundings(
+    top, left, height, width, WINDOW: tl.constexpr, HALO_Y: tl.constexpr, HALO_X: tl.constexpr, HALO: tl.constexpr
+):
+    """Rows and columns of the pixels that a tile and its windows cover, and which the map has, all [N]."""
+    n = tl.arange(0, HALO)
+    y, x = top - WINDOW // 2 + n // HALO_X, left - WINDOW // 2 + n % HALO_X
+    return y, x, (n < HALO_Y * HALO_X) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit
+def load_learnable(
+    tokens, bias, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Learnable tokens of a head [CELLS, D] and their biases [CELLS], zero in the padding."""
+    c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
+    mask = c < WINDOW * WINDOW
+    places = tokens + c[:, None] + d[None, :] * (WINDOW * WINDOW)
+    tokens = tl.load(places, mask=mask[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    return tokens, tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def taken(x, index):
+    """x[m, index[m, n]]: [M, N]. It is flat because that of rows would be shuffles, four for each number."""
+    M: tl.constexpr = x.shape[0]
+    C: tl.constexpr = x.shape[1]
+    flat = tl.reshape(index + tl.arange(0, M)[:, None] * C, [M * index.shape[1]])
+    return tl.reshape(tl.gather(tl.reshape(x, [M * C]), flat, 0), [M, index.shape[1]])
+
+
+@triton.jit
 def neighbors(y, x, exists, offset_y, offset_x, height, width):
     """Pixels at an offset, and which of them lie on the map."""
     y, x = y + offset_y, x + offset_x
     return y, x, exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
-@triton.jit(do_not_specialize=['pooled_height', 'pooled_width'])
+@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width'])
 def measure(
     pooled_key,
     query_embedding,
     inverse,
     along,
+    lengths,
     pooled_key_b,
     pooled_key_p,
     pooled_key_h,
     pooled_key_d,
+    height,
+    width,
     heads,
     pooled_height,
     pooled_width,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Inverse norms of pooled keys, and their unit vectors times the query embedding, both (batch, heads, pooled)."""
+    """Inverse norms of pooled keys, and their unit vectors times the query embedding, both (batch, heads, pooled).
+
+    The first programs make the logarithms of the numbers of keys that queries have: (height, width).
+    """
     pooled = pooled_height * pooled_width
-    blocks = tl.cdiv(pooled, BLOCK_P)
+    blocks, first = tl.cdiv(pooled, BLOCK_P), tl.cdiv(height * width, BLOCK_T)
     index = tl.program_id(0)
+    if index < first:
+        pixel = index * BLOCK_T + tl.arange(0, BLOCK_T)
+        count = keys_of(pixel // width, height, WINDOW) * keys_of(pixel % width, width, WINDOW) + pooled
+        exists = pixel < height * width
+        tl.store(lengths + pixel, tl.log(tl.where(exists, count, 1).to(tl.float32)), mask=exists)
+        return
+    index -= first
     p = index % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     head = index // blocks % heads
     image = (index // (blocks * heads)).to(tl.int64)
@@ -187,6 +227,7 @@ def forward(
     learnable_bias,
     inverse,
     along,
+    lengths,
     output,
     log_sum,
     query_b,
@@ -257,7 +298,7 @@ def forward(
     inverse_q = inverse_norm(unit)
     unit = unit * inverse_q[:, None]
     scale = tl.load(temperature + head).to(tl.float32) * LOG2E
-    scale = scale * log_length(y, x, height, width, pooled, WINDOW)  # [M]
+    scale = scale * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
 
     maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -316,7 +357,7 @@ def forward(
     tl.store(log_sum + own, maximum + tl.log2(total), mask=exists)
 
 
-@triton.jit(do_not_specialize=['height', 'width', 'tiles', 'parts'])
+@triton.jit(do_not_specialize=['height', 'width', 'batch', 'parts'])
 def learnable_gradient(
     query,
     value,
@@ -344,7 +385,7 @@ def learnable_gradient(
     height,
     width,
     heads,
-    tiles,
+    batch,
     parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -354,53 +395,60 @@ def learnable_gradient(
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALO_Y: tl.constexpr,
+    HALO_X: tl.constexpr,
+    HALO: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Delta, (batch, heads, height, width), and sums of the gradients of the learnable tokens and their bias.
 
     Delta is the product of the gradient with what the softmax gave: the output without its learnable part. A program
-    has every `parts`-th tile, and leaves its own sums over these in d_learnable (heads, parts, cells, BLOCK_D + 1), the
-    last of each cell that of the bias; none where it is None.
+    has a tile of every `parts`-th image, and leaves its own sums over these in d_learnable (heads, parts of tiles,
+    cells, BLOCK_D + 1), the last of each cell that of the bias; none where it is None.
     """
     index = tl.program_id(0)
-    part = index % parts
-    head = index // parts
-    learnable_bias += head * WINDOW * WINDOW
+    head = index % heads
+    part, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
     learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
-    c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
+    tokens, token_bias = load_learnable(
+        learnable_tokens, learnable_bias + head * WINDOW * WINDOW, WINDOW, HEAD_DIM, CELLS, BLOCK_D
+    )  # [CELLS, D], [CELLS]
+    c, d, m = tl.arange(0, CELLS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+    near_y, near_x, near = surroundings(top, left, height, width, WINDOW, HALO_Y, HALO_X, HALO)  # [N]
+    inside = (m < TILE_Y * TILE_X)[:, None] & (c < WINDOW * WINDOW)[None, :]
+    places = (m // TILE_X * HALO_X + m % TILE_X)[:, None] + (c // WINDOW * HALO_X + c % WINDOW)[None, :]
+    places = tl.where(inside, places, 0)  # of cells among the pixels around the tile, [M, CELLS]
+    position = y.to(tl.int64) * width + x
+    query_offsets, grad_offsets = map_offset(y, x, query_y, query_x), map_offset(y, x, grad_y, grad_x)
+    value_offsets = map_offset(near_y, near_x, value_y, value_x)
     d_tokens = tl.zeros([CELLS, BLOCK_D], tl.float32)
     d_bias = tl.zeros([CELLS], tl.float32)
-    for tile in range(part, tiles, parts):
-        image, top, left = place(tile, height, width, TILE_Y, TILE_X)
-        first_query = image * query_b + head.to(tl.int64) * query_h
-        first_value = image * value_b + head.to(tl.int64) * value_h
-        first_grad = image * grad_b + head.to(tl.int64) * grad_h
-        y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
-        offsets = map_offset(y, x, query_y, query_x)
-        unit = load_wide(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-        unit = unit * inverse_norm(unit)[:, None]
-        offsets = map_offset(y, x, grad_y, grad_x)
-        do = load_wide(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-        position = y.to(tl.int64) * width + x
+    for n in range(part.to(tl.int32), batch, parts):
+        image = tl.cast(n, tl.int64)
+        first = image * query_b + head.to(tl.int64) * query_h
+        q = load_vectors(query, first, query_offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        first = image * grad_b + head.to(tl.int64) * grad_h
+        do = load_vectors(grad, first, grad_offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        first = image * value_b + head.to(tl.int64) * value_h
+        v = load_vectors(value, first, value_offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
         own = vector(image, head, position, heads, height, width, HEAD_DIM)
-        o = load_tokens(output, own, 1, exists, HEAD_DIM, BLOCK_D, UPCAST).to(tl.float32)  # [M, D]
-        deltas = tl.sum(do * o, 1)
-        for row in range(WINDOW):
-            for column in tl.static_range(WINDOW):
-                cell = row * WINDOW + column
-                near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
-                offsets = map_offset(near_y, near_x, value_y, value_x)
-                v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
-                dp = tl.sum(do * v, 1)  # [M]
-                deltas -= dp * (tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32))
-                if d_learnable is not None:
-                    d_token = tl.sum(unit * dp[:, None], 0)
-                    d_tokens += tl.where((c == cell)[:, None], d_token[None, :], 0.0)
-                    d_bias += tl.where(c == cell, tl.sum(dp, 0), 0.0)
+        o = load_tokens(output, own, 1, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        unit = q.to(tl.float32)
+        inverse_q = inverse_norm(unit)
+        weights = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
+        weights += token_bias[None, :]  # [M, CELLS]
+        dp = taken(tl.dot(do, tl.trans(v), input_precision=PRECISION), places)  # [M, CELLS]
+        deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1) - tl.sum(dp * weights, 1)
         tl.store(delta + plane(image, head, heads, height, width) + position, deltas, mask=exists)
+        if d_learnable is not None:
+            unit = (unit * inverse_q[:, None]).to(q.dtype)
+            d_tokens = tl.dot(tl.trans(dp.to(q.dtype)), unit, d_tokens, input_precision=PRECISION)
+            d_bias += tl.sum(dp, 0)
     if d_learnable is not None:
-        d_learnable += index.to(tl.int64) * (WINDOW * WINDOW * (BLOCK_D + 1))
+        size: tl.constexpr = WINDOW * WINDOW * (BLOCK_D + 1)
+        d_learnable += (head * (tl.num_programs(0) // heads) + index // heads).to(tl.int64) * size
         places = d_learnable + c * (BLOCK_D + 1)
         tl.store(places[:, None] + d[None, :], d_tokens, mask=(c < WINDOW * WINDOW)[:, None])
         tl.store(places + BLOCK_D, d_bias, mask=c < WINDOW * WINDOW)
@@ -424,6 +472,7 @@ def query_gradient(
     learnable_tokens,
     inverse,
     along,
+    lengths,
     grad,
     log_sum,
     delta,
@@ -513,7 +562,7 @@ def query_gradient(
         position = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
         sums = tl.load(log_sum + position, mask=exists, other=0.0)
         deltas = tl.load(delta + position, mask=exists, other=0.0)
-        length = log_length(y, x, height, width, pooled, WINDOW)  # [M]
+        length = tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
         scale = heat * length
 
         dz = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the vectors whose products with unit keys are scaled
@@ -585,7 +634,7 @@ def query_gradient(
         tl.store(d_parameters + BLOCK_D + CELLS, tl.sum(d_temperature, 0))
 
 
-@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width'])
+@triton.jit(do_not_specialize=['height', 'width'])
 def key_gradient(
     query,
     key,
@@ -595,6 +644,7 @@ def key_gradient(
     local_bias,
     learnable_tokens,
     learnable_bias,
+    lengths,
     grad,
     log_sum,
     delta,
@@ -623,8 +673,6 @@ def key_gradient(
     height,
     width,
     heads,
-    pooled_height,
-    pooled_width,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -676,7 +724,7 @@ def key_gradient(
             position = near_y.to(tl.int64) * width + near_x
             sums = tl.load(log_sum + position, mask=seen, other=0.0)
             unit = q * inverse_norm(q)[:, None]
-            scale = heat * log_length(near_y, near_x, height, width, pooled_height * pooled_width, WINDOW)  # [M]
+            scale = heat * tl.load(lengths + near_y * width + near_x, mask=seen, other=0.0)  # [M]
             embedded = (unit + embedding[None, :]) * scale[:, None]
             scores = tl.sum(embedded * unit_k, 1) + tl.load(local_bias + cell).to(tl.float32)
             probabilities = tl.exp2(tl.where(seen, scores * LOG2E - sums, float('-inf')))  # [M]
@@ -706,6 +754,7 @@ def pooled_gradient(
     column_places,
     inverse,
     along,
+    lengths,
     grad,
     log_sum,
     delta,
@@ -755,7 +804,8 @@ def pooled_gradient(
     head_dim) of float32.
     """
     steps_y, steps_x = tl.cdiv(pooled_height, ROWS), tl.cdiv(pooled_width, COLUMNS)
-    tiles = tl.cdiv(height, TILE_Y) * tl.cdiv(width, TILE_X)
+    tiles_x = tl.cdiv(width, TILE_X)
+    tiles = tl.cdiv(height, TILE_Y) * tiles_x
     pooled = pooled_height * pooled_width
     index = tl.program_id(0)
     part = index % parts
@@ -802,7 +852,7 @@ def pooled_gradient(
     dk = tl.zeros([ROWS * COLUMNS, BLOCK_D], tl.float32)
     dv = tl.zeros([ROWS * COLUMNS, BLOCK_D], tl.float32)
     for tile in range(part, tiles, parts):
-        _, top, left = place(tile, height, width, TILE_Y, TILE_X)
+        top, left = tile // tiles_x * TILE_Y, tile % tiles_x * TILE_X
         y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
         q = load_vectors(
             query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
@@ -813,15 +863,14 @@ def pooled_gradient(
             grad, first_grad, map_offset(y, x, grad_y, grad_x), grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
         )  # [M, D]
         position = y.to(tl.int64) * width + x
-        sums = tl.load(log_sum + position, mask=exists, other=0.0)
-        scale = heat * log_length(y, x, height, width, pooled, WINDOW)  # [M]
-        seen = some[:, None] & exists[None, :]  # [N, M]
+        sums = tl.load(log_sum + position, mask=exists, other=float('inf'))  # queries outside have no probabilities
+        scale = heat * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
+        places = places_of(row_places, y[None, :], i[:, None], height, pooled_height)
+        places += places_of(column_places, x[None, :], j[:, None], width, pooled_width)
+        bias = tl.load(pooled_bias + places, mask=some[:, None], other=float('-inf')).to(tl.float32)  # [N, M]
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * inverse_q[None, :]
-        scores = (scores * inverse_k[:, None] + along_k[:, None]) * (scale * LOG2E)[None, :]
-        columns = places_of(column_places, x[None, :], j[:, None], width, pooled_width)
-        rows = rows_of(row_places, y[None, :], first_i, i[:, None], height, pooled_height, ROWS)
-        scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
-        probabilities = tl.exp2(tl.where(seen, scores - sums[None, :], float('-inf')))
+        scores = (scores * inverse_k[:, None] + along_k[:, None]) * scale[None, :] + bias
+        probabilities = tl.exp2(scores * LOG2E - sums[None, :])
         if d_values is not None:
             dv = tl.dot(probabilities.to(do.dtype), do, dv, input_precision=PRECISION)
         if d_keys is not None:
@@ -889,7 +938,10 @@ def pooled_gradient_sum(
 
 
 @triton.jit(
-    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'batch', 'parts']
+    do_not_specialize=[
+        *('height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x'),
+        *('batch', 'parts', 'first_row', 'last_row'),
+    ]
 )
 def bias_gradient(
     query,
@@ -897,11 +949,11 @@ def bias_gradient(
     pooled_value,
     temperature,
     pooled_bias,
+    row_places,
     column_places,
-    row_pairs,
-    row_starts,
     inverse,
     along,
+    lengths,
     grad,
     log_sum,
     delta,
@@ -933,94 +985,105 @@ def bias_gradient(
     table_x,
     batch,
     parts,
+    first_row,
+    last_row,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
     WINDOW: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of scores, summed over images and over rows that share a row of the table.
+    """Gradients of the scores of queries in rows from first_row to last_row, summed over images.
 
-    A program has a row of a head's table, BLOCK_M columns of queries, COLUMNS of pooled keys, and every `parts`-th
-    image: (heads, parts, rows of the table, width, pooled_width). Its biases are the same in all it does. Flat pairs
-    (row of queries, row of pooled keys) of row r are row_pairs[row_starts[r]:row_starts[r + 1]].
+    A program has a tile of queries, the pooled keys of one step, and every `parts`-th image: (heads, parts, rows,
+    width, pooled) of float32. Its biases, lengths and places are the same in all images.
     """
-    steps_x, tiles_x = tl.cdiv(pooled_width, COLUMNS), tl.cdiv(width, BLOCK_M)
+    steps_y, steps_x = tl.cdiv(pooled_height, ROWS), tl.cdiv(pooled_width, COLUMNS)
     pooled = pooled_height * pooled_width
     index = tl.program_id(0)
+    part = index % parts
+    index = index // parts
     first_j = index % steps_x * COLUMNS
     index = index // steps_x
-    left = index % tiles_x * BLOCK_M
-    index = index // tiles_x
-    row = index % table_y
-    index = index // table_y
-    part = index % parts
-    head = index // parts
-    x, j = left + tl.arange(0, BLOCK_M), first_j + tl.arange(0, COLUMNS)  # [M], [N]
-    exists, some = x < width, j < pooled_width
-    seen = exists[:, None] & some[None, :]  # [M, N]
-    heat = tl.load(temperature + head).to(tl.float32)
-    pooled_bias += (head.to(tl.int64) * table_y + row) * table_x
-    columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)
-    bias = tl.load(pooled_bias + columns).to(tl.float32) * LOG2E  # [M, N]
-    first, last = tl.load(row_starts + row).to(tl.int32), tl.load(row_starts + row + 1).to(tl.int32)
-    total = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
-    for pair in range(first, last):
-        both = tl.load(row_pairs + pair).to(tl.int32)
-        y, i = both // pooled_height, both % pooled_height
-        scale = heat * log_length(y, x, height, width, pooled, WINDOW)  # [M]
-        p = i * pooled_width + j
-        for n in range(part, batch, parts):
-            image = tl.cast(n, tl.int64)
-            first_query = image * query_b + head.to(tl.int64) * query_h
-            offsets = map_offset(y, x, query_y, query_x)
-            q = load_vectors(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            first_grad = image * grad_b + head.to(tl.int64) * grad_h
-            offsets = map_offset(y, x, grad_y, grad_x)
-            do = load_vectors(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
-            n_offsets = p.to(tl.int64) * pooled_key_p
-            k = load_vectors(
-                pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-            )  # [N, D]
-            first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
-            n_offsets = p.to(tl.int64) * pooled_value_p
-            v = load_vectors(
-                pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-            )  # [N, D]
-            own = plane(image, head, heads, pooled, 1) + p
-            inverse_k = tl.load(inverse + own, mask=some, other=0.0)
-            along_k = tl.load(along + own, mask=some, other=0.0)
-            own = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
-            sums = tl.load(log_sum + own, mask=exists, other=0.0)
-            deltas = tl.load(delta + own, mask=exists, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(q.to(tl.float32))[:, None]
-            scores = (scores * inverse_k[None, :] + along_k[None, :]) * (scale * LOG2E)[:, None] + bias
-            probabilities = tl.exp2(tl.where(seen, scores - sums[:, None], float('-inf')))
-            total += probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
-    d_scores += ((head * parts + part).to(tl.int64) * table_y + row) * width * pooled_width
-    tl.store(d_scores + x[:, None] * pooled_width + j[None, :], total, mask=seen)
+    first_i = index % steps_y * ROWS
+    index = index // steps_y
+    head = index % heads
+    _, top, left = place(index // heads, last_row - first_row, width, TILE_Y, TILE_X)
+    y, x, exists = pixels(first_row + top, left, last_row, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+    i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+    p = i * pooled_width + j
+    pooled_bias += head.to(tl.int64) * table_y * table_x
+    places = places_of(row_places, y[:, None], i[None, :], height, pooled_height)
+    places += places_of(column_places, x[:, None], j[None, :], width, pooled_width)
+    bias = tl.load(pooled_bias + places, mask=some[None, :], other=float('-inf')).to(tl.float32) * LOG2E  # [M, N]
+    scale = tl.load(temperature + head).to(tl.float32) * LOG2E
+    scale = scale * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
+    query_offsets, grad_offsets = map_offset(y, x, query_y, query_x), map_offset(y, x, grad_y, grad_x)
+    key_offsets, value_offsets = p.to(tl.int64) * pooled_key_p, p.to(tl.int64) * pooled_value_p
+    position = y.to(tl.int64) * width + x
+
+    total = tl.zeros([BLOCK_M, ROWS * COLUMNS], tl.float32)
+    for n in range(part, batch, parts):
+        image = tl.cast(n, tl.int64)
+        first = image * query_b + head.to(tl.int64) * query_h
+        q = load_vectors(query, first, query_offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        first = image * grad_b + head.to(tl.int64) * grad_h
+        do = load_vectors(grad, first, grad_offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        first = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+        k = load_vectors(pooled_key, first, key_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+        first = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+        v = load_vectors(
+            pooled_value, first, value_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [N, D]
+        own = plane(image, head, heads, pooled, 1) + p
+        inverse_k = tl.load(inverse + own, mask=some, other=0.0)
+        along_k = tl.load(along + own, mask=some, other=0.0)
+        own = plane(image, head, heads, height, width) + position
+        sums = tl.load(log_sum + own, mask=exists, other=0.0)
+        deltas = tl.load(delta + own, mask=exists, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(q.to(tl.float32))[:, None]
+        scores = (scores * inverse_k[None, :] + along_k[None, :]) * scale[:, None] + bias
+        probabilities = tl.exp2(scores - sums[:, None])
+        total += probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
+    first = (head * parts + part).to(tl.int64) * (last_row - first_row) - first_row
+    places = ((first + y) * width + x) * pooled
+    tl.store(d_scores + places[:, None] + p[None, :], total, mask=exists[:, None] & some[None, :])
 
 
-@triton.jit(do_not_specialize=['width', 'pooled_width', 'table_y', 'table_x', 'parts'])
+@triton.jit(
+    do_not_specialize=[
+        *('width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'parts', 'first_row', 'last_row')
+    ]
+)
 def bias_gradient_sum(
     d_scores,
     d_bias,
+    row_pairs,
+    row_starts,
     column_pairs,
     column_starts,
     width,
+    pooled_height,
     pooled_width,
     table_y,
     table_x,
     parts,
+    first_row,
+    last_row,
+    BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Sum what `bias_gradient` left over parts and columns that share a column of the table.
+    """Add what `bias_gradient` left up over parts, and over the pairs that share a place of the table.
 
-    A program has BLOCK_T columns of a row of a head's table.
+    A program has BLOCK_T columns of a row of a head's table. Flat pairs (row of queries, row of pooled keys) of row r
+    are row_pairs[row_starts[r]:row_starts[r + 1]], and those of columns likewise. Rows of queries before first_row have
+    been added up already.
     """
     blocks = tl.cdiv(table_x, BLOCK_T)
     index = tl.program_id(0)
@@ -1031,11 +1094,23 @@ def bias_gradient_sum(
     first = tl.load(column_starts + column, mask=exists, other=0)
     last = tl.load(column_starts + column + 1, mask=exists, other=0)
     longest = tl.max(last - first, 0).to(tl.int32)
+    first_pair, last_pair = tl.load(row_starts + row).to(tl.int32), tl.load(row_starts + row + 1).to(tl.int32)
+    pooled, rows = pooled_height * pooled_width, last_row - first_row
+    places = d_bias + (head.to(tl.int64) * table_y + row) * table_x + column
     total = tl.zeros([BLOCK_T], tl.float32)
-    for part in range(parts):
-        scores = d_scores + ((head * parts + part).to(tl.int64) * table_y + row) * width * pooled_width
-        for n in range(longest):
-            seen = first + n < last
-            pair = tl.load(column_pairs + first + n, mask=seen, other=0)
-            total += tl.load(scores + pair, mask=seen, other=0.0)
-    tl.store(d_bias + (head.to(tl.int64) * table_y + row) * table_x + column, total, mask=exists)
+    if first_row > 0:
+        total = tl.load(places, mask=exists, other=0.0)
+    for n in range(longest):
+        seen_x = first + n < last
+        pair_x = tl.load(column_pairs + first + n, mask=seen_x, other=0).to(tl.int32)
+        offset_x = pair_x // pooled_width * pooled + pair_x % pooled_width
+        for start in range(first_pair, last_pair, BLOCK_R):
+            pairs = start + tl.arange(0, BLOCK_R)
+            pair_y = tl.load(row_pairs + pairs, mask=pairs < last_pair, other=0).to(tl.int32)
+            y = pair_y // pooled_height - first_row
+            offset_y = y.to(tl.int64) * width * pooled + pair_y % pooled_height * pooled_width
+            seen = ((pairs < last_pair) & (y >= 0) & (y < rows))[:, None] & seen_x[None, :]
+            for part in range(parts):
+                scores = d_scores + (head * parts + part).to(tl.int64) * rows * width * pooled
+                total += tl.sum(tl.load(scores + offset_y[:, None] + offset_x[None, :], mask=seen, other=0.0), 0)
+    tl.store(places, total, mask=exists)

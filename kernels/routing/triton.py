@@ -20,6 +20,7 @@ from ..dispatch import Problem, Verdict
 from ..launch import Block, Launch, next_power_of_2
 
 CONFIGS = Path(__file__).with_name('configs.json')
+BUSY = 4  # times the programs that keep a device busy, before one takes several heads
 SMALL = 16  # pixels of a region that the smallest product of matrices holds
 
 
@@ -118,26 +119,34 @@ class Call:
             'PRECISION': 'tf32' if arithmetic == 'tf32' else 'ieee',
         }
 
-    def _launch(self, kernel, block: str, lists: int, listed: int = 1, **arguments) -> Launch:
-        """Of a program for each tile of a region, each of an image's `lists` of `listed` regions, and each head."""
+    def _launch(self, kernel, block: str, lists: int, listed: int = 1, together: bool = False, **arguments) -> Launch:
+        """Of a program for each tile of a region, each of an image's `lists` of `listed` regions, and each head.
+
+        Where routes are shared, one may go through heads `together`: as many as leave the device busy.
+        """
         pixels, tile = self.pixels, self.blocks[block].tile[0] * self.blocks[block].tile[1]
         block_m = max(16, min(next_power_of_2(tile), next_power_of_2(pixels)))
         block_n = max(16, min(self.blocks[block].step, next_power_of_2(listed * pixels)))
-        programs = self.batch * self.heads * lists * -(-pixels // block_m)
-        given = {**self.arguments, 'BLOCK_M': block_m, 'BLOCK_N': block_n, **arguments}
-        return Launch.of(kernel, programs, self.blocks[block], given)
+        programs = self.batch * lists * -(-pixels // block_m)
+        parts = self.heads
+        if together and self.region_index.shape[1] == 1:
+            parts = min(parts, 1 + BUSY * launch.programs(self.region_index.device) // max(programs, 1))
+        given = {**self.arguments, 'BLOCK_M': block_m, 'BLOCK_N': block_n, 'parts': parts, **arguments}
+        given |= dict(ONE_STEP=listed * pixels <= block_n, WHOLE=listed * pixels % block_n == 0)
+        return Launch.of(kernel, programs * parts, self.blocks[block], given)
 
     def forward(self, output: Tensor, log_sum: Tensor) -> Launch:
         from .triton_kernels import forward
 
-        return self._launch(forward, 'forward', self.regions, self.topk, output=output, log_sum=log_sum)
+        tensors = dict(output=output, log_sum=log_sum)
+        return self._launch(forward, 'forward', self.regions, self.topk, together=True, **tensors)
 
     def query_gradient(self, output: Tensor, log_sum: Tensor, delta: Tensor, d_query: Tensor) -> Launch:
         """Fills `delta` too, which the kernel after it reads."""
         from .triton_kernels import query_gradient
 
         tensors = dict(output=output, log_sum=log_sum, delta=delta, d_query=d_query)
-        return self._launch(query_gradient, 'query', self.regions, self.topk, **tensors)
+        return self._launch(query_gradient, 'query', self.regions, self.topk, together=True, **tensors)
 
     def key_gradient(
         self, log_sum: Tensor, delta: Tensor | None, d_key: Tensor | None, d_value: Tensor | None
@@ -162,7 +171,7 @@ class Call:
             partial_value=partial_value,
         )
         pieces = inverse.region_of_piece.shape[-1]
-        yield self._launch(key_gradient, 'key', pieces, inverse.length, pieces=pieces, **arguments)
+        yield self._launch(key_gradient, 'key', pieces, inverse.length, True, pieces=pieces, **arguments)
         yield self._launch(key_gradient_sum, 'key', self.regions, **arguments)
 
 
@@ -270,23 +279,30 @@ def routing_attention(
 def problems(row: dict) -> Iterator[tuple[str, dict[str, object]]]:
     """(name, arguments of `launches`) of the greatest problems that a row of the table is for.
 
-    In half precision one of a head_dim that has to be padded is among them.
+    In half precision one of a head_dim that has to be padded is among them, and one whose keys are one step where those
+    of the others are several, or the other way round.
     """
     match = row['match']
     arithmetic, head_dim = match['arithmetic'], match.get('head_dim', launch.HEAD_DIM)
     side = 4 if match.get('pixels') == SMALL else 8
-    kinds = [(torch.float32, head_dim)]
+    kinds = [(torch.float32, head_dim, 4)]
     if arithmetic == 'half':
-        kinds = [(torch.bfloat16, head_dim), (torch.float16, head_dim * 3 // 4)]
-    for dtype, head_dim in kinds:
+        other = 16 if side == 4 else 1
+        kinds = [
+            (torch.bfloat16, head_dim, 4),
+            (torch.float16, head_dim * 3 // 4, 4),
+            (torch.bfloat16, head_dim, other),
+        ]
+    for dtype, head_dim, topk in kinds:
         name = str(dtype).removeprefix('torch.') if arithmetic == 'half' else arithmetic
-        name = f'{name} regions {side}x{side} head_dim {head_dim}'
-        yield name, dict(side=side, head_dim=head_dim, dtype=dtype, arithmetic=arithmetic)
+        name = f'{name} regions {side}x{side} head_dim {head_dim}' + f' topk {topk}' * (topk != 4)
+        yield name, dict(side=side, topk=topk, head_dim=head_dim, dtype=dtype, arithmetic=arithmetic)
 
 
 def launches(
     blocks: dict[str, Block],
     side: int,
+    topk: int,
     head_dim: int,
     dtype: torch.dtype,
     arithmetic: str,
@@ -294,9 +310,9 @@ def launches(
     batch: int = 2,
     heads: int = 2,
 ) -> dict[str, list[Launch]]:
-    """{block: launches that it cuts} of a forward and backward of a map of 7x7 regions, each routed to four."""
+    """{block: launches that it cuts} of a forward and backward of a map of 7x7 regions, each routed to `topk`."""
     query, key, value = torch.randn(batch, 7 * side, 7 * side, 3, heads, head_dim, dtype=dtype, device=device).unbind(3)
-    region_index = torch.rand(batch, 1, 49, 49, device=device).topk(4).indices
+    region_index = torch.rand(batch, 1, 49, 49, device=device).topk(topk).indices
     output, log_sum = _empty_results(query, region_index, (side, side))
     tensors = dict(query=query, key=key, value=value, grad=torch.randn_like(output))
     call = Call(tensors, region_index, (side, side), head_dim**-0.5, False, blocks, arithmetic)

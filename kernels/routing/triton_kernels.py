@@ -1,9 +1,9 @@
 """The Triton kernels of routing attention; triton.py launches them, README.md derives them.
 
-A program has a tile of the pixels of one region and head: of queries in `forward` and `query_gradient`, of keys in the
-others. It meets the pixels of a list of regions as one flat sequence, BLOCK_N a step: small regions share a step, a
-large one takes several. A pixel in the padding is at no place of the map: nothing is read or written there. M counts
-pixels of the tile, N those of a step; offsets into memory are of 64 bits.
+A program has a tile of the pixels of one region, and every so-many-th head: of queries in `forward` and
+`query_gradient`, of keys in the others. It meets the pixels of a list of regions as one flat sequence, BLOCK_N a step:
+small regions share a step, a large one takes several. A pixel in the padding is at no place of the map: nothing is read
+or written there. M counts pixels of the tile, N those of a step; offsets into memory are of 64 bits.
 """
 
 import triton
@@ -69,8 +69,20 @@ def locate(region, pixel, grid):
     return y, x, (pixel_y < rows) & (y < height) & (x < width)
 
 
+@triton.jit
+def keys_of(start, routes, stride, topk, grid, MASK_PADDING: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows and columns of a step's keys, which are pixels of the map, and which take part, all [N]."""
+    n = start + tl.arange(0, BLOCK_N)
+    region, pixel = listed(routes, stride, topk, n, grid)
+    y, x, exists = locate(region, pixel, grid)
+    return y, x, exists, exists if MASK_PADDING else n < topk * grid[1]  # keys in the padding are zeros
+
+
 @triton.jit(
-    do_not_specialize=['routes_b', 'routes_h', 'routes_r', 'routes_k', 'height', 'width', 'rows', 'columns', 'topk']
+    do_not_specialize=[
+        *('routes_b', 'routes_h', 'routes_r', 'routes_k'),
+        *('height', 'width', 'rows', 'columns', 'topk', 'parts'),
+    ]
 )
 def forward(
     query,
@@ -105,7 +117,10 @@ def forward(
     columns,
     topk,
     scale,
+    parts,
     MASK_PADDING: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,44 +128,54 @@ def forward(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, regions, pixels)."""
+    """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, regions, pixels).
+
+    A program has every `parts`-th head. Where all keys are one step, these are located once.
+    """
     grid = grid_of(height, width, rows, columns)
     regions, pixels = grid[0], grid[1]
-    image, head, own_region, tile = place(tl.program_id(0), heads, regions, tl.cdiv(pixels, BLOCK_M))
-    query += image * query_b + head.to(tl.int64) * query_h
-    key += image * key_b + head.to(tl.int64) * key_h
-    value += image * value_b + head.to(tl.int64) * value_h
-    routes += image * routes_b + head.to(tl.int64) * routes_h + own_region.to(tl.int64) * routes_r
-
+    image, part, own_region, tile = place(tl.program_id(0), parts, regions, tl.cdiv(pixels, BLOCK_M))
+    routes += image * routes_b + part.to(tl.int64) * routes_h + own_region.to(tl.int64) * routes_r
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y, x, owned = locate(own_region, m, grid)  # [M]
-    q = load_tokens(query, map_offset(y, x, query_y, query_x), query_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+    query_offsets = image * query_b + map_offset(y, x, query_y, query_x)
+    if ONE_STEP:
+        keys_y, keys_x, exists, seen = keys_of(0, routes, routes_k, topk, grid, MASK_PADDING, BLOCK_N)  # [N]
 
-    maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, topk * pixels, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        region, pixel = listed(routes, routes_k, topk, n, grid)  # [N]
-        keys_y, keys_x, exists = locate(region, pixel, grid)
-        offsets = map_offset(keys_y, keys_x, key_y, key_x)
-        k = load_tokens(key, offsets, key_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        offsets = map_offset(keys_y, keys_x, value_y, value_x)
-        v = load_tokens(value, offsets, value_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        seen = exists if MASK_PADDING else n < topk * pixels  # keys in the padding are zeros
-        scores = tl.where(seen[None, :], scores, float('-inf'))
-        maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
-        accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION)
+    for head in range(part, heads, parts):
+        h = tl.cast(head, tl.int64)
+        q = load_tokens(query, query_offsets + h * query_h, query_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, BLOCK_N if ONE_STEP else topk * pixels, BLOCK_N):
+            if not ONE_STEP:
+                keys_y, keys_x, exists, seen = keys_of(start, routes, routes_k, topk, grid, MASK_PADDING, BLOCK_N)
+            offsets = map_offset(keys_y, keys_x, key_y, key_x)
+            k = load_tokens(
+                key + (image * key_b + h * key_h), offsets, key_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            offsets = map_offset(keys_y, keys_x, value_y, value_x)
+            v = load_tokens(
+                value + (image * value_b + h * value_h), offsets, value_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            if MASK_PADDING or not WHOLE:
+                scores = tl.where(seen[None, :], scores, float('-inf'))
+            maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
+            accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION)
 
-    own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
-    store_tokens(output, own, owned, accumulator / total[:, None], HEAD_DIM, BLOCK_D)
-    position = ((image * heads + head) * regions + own_region) * pixels + m
-    tl.store(log_sum + position, maximum + tl.log2(total), mask=m < pixels)
+        own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
+        store_tokens(output, own, owned, accumulator / total[:, None], HEAD_DIM, BLOCK_D)
+        position = ((image * heads + head) * regions + own_region) * pixels + m
+        tl.store(log_sum + position, maximum + tl.log2(total), mask=m < pixels)
 
 
 @triton.jit(
-    do_not_specialize=['routes_b', 'routes_h', 'routes_r', 'routes_k', 'height', 'width', 'rows', 'columns', 'topk']
+    do_not_specialize=[
+        *('routes_b', 'routes_h', 'routes_r', 'routes_k'),
+        *('height', 'width', 'rows', 'columns', 'topk', 'parts'),
+    ]
 )
 def query_gradient(
     query,
@@ -193,7 +218,10 @@ def query_gradient(
     columns,
     topk,
     scale,
+    parts,
     MASK_PADDING: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    WHOLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -201,42 +229,51 @@ def query_gradient(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradient of the queries, and delta = (grad * output).sum(-1), as log_sum (batch, heads, regions, pixels)."""
+    """Gradient of the queries, and delta = (grad * output).sum(-1), as log_sum (batch, heads, regions, pixels).
+
+    A program has every `parts`-th head, as in `forward`.
+    """
     grid = grid_of(height, width, rows, columns)
     regions, pixels = grid[0], grid[1]
-    image, head, own_region, tile = place(tl.program_id(0), heads, regions, tl.cdiv(pixels, BLOCK_M))
-    query += image * query_b + head.to(tl.int64) * query_h
-    key += image * key_b + head.to(tl.int64) * key_h
-    value += image * value_b + head.to(tl.int64) * value_h
-    grad += image * grad_b + head.to(tl.int64) * grad_h
-    routes += image * routes_b + head.to(tl.int64) * routes_h + own_region.to(tl.int64) * routes_r
-
+    image, part, own_region, tile = place(tl.program_id(0), parts, regions, tl.cdiv(pixels, BLOCK_M))
+    routes += image * routes_b + part.to(tl.int64) * routes_h + own_region.to(tl.int64) * routes_r
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y, x, owned = locate(own_region, m, grid)  # [M]
-    q = load_tokens(query, map_offset(y, x, query_y, query_x), query_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
-    do = load_tokens(grad, map_offset(y, x, grad_y, grad_x), grad_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
-    own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
-    o = load_tokens(output, own, 1, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
-    position = ((image * heads + head) * regions + own_region) * pixels + m
-    sums = tl.load(log_sum + position, mask=m < pixels, other=0.0)
-    deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + position, deltas, mask=m < pixels)
+    query_offsets = image * query_b + map_offset(y, x, query_y, query_x)
+    grad_offsets = image * grad_b + map_offset(y, x, grad_y, grad_x)
+    if ONE_STEP:
+        keys_y, keys_x, exists, seen = keys_of(0, routes, routes_k, topk, grid, MASK_PADDING, BLOCK_N)  # [N]
 
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, topk * pixels, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        region, pixel = listed(routes, routes_k, topk, n, grid)  # [N]
-        keys_y, keys_x, exists = locate(region, pixel, grid)
-        offsets = map_offset(keys_y, keys_x, key_y, key_x)
-        k = load_tokens(key, offsets, key_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        offsets = map_offset(keys_y, keys_x, value_y, value_x)
-        v = load_tokens(value, offsets, value_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        seen = exists if MASK_PADDING else n < topk * pixels
-        p = tl.exp2(tl.where(seen[None, :], scores - sums[:, None], float('-inf')))  # [M, N]
-        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    store_tokens(d_query, own, owned, dq * scale, HEAD_DIM, BLOCK_D)
+    for head in range(part, heads, parts):
+        h = tl.cast(head, tl.int64)
+        q = load_tokens(query, query_offsets + h * query_h, query_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        do = load_tokens(grad, grad_offsets + h * grad_h, grad_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
+        o = load_tokens(output, own, 1, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        position = ((image * heads + head) * regions + own_region) * pixels + m
+        sums = tl.load(log_sum + position, mask=m < pixels, other=0.0)
+        deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + position, deltas, mask=m < pixels)
+
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, BLOCK_N if ONE_STEP else topk * pixels, BLOCK_N):
+            if not ONE_STEP:
+                keys_y, keys_x, exists, seen = keys_of(start, routes, routes_k, topk, grid, MASK_PADDING, BLOCK_N)
+            offsets = map_offset(keys_y, keys_x, key_y, key_x)
+            k = load_tokens(
+                key + (image * key_b + h * key_h), offsets, key_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            offsets = map_offset(keys_y, keys_x, value_y, value_x)
+            v = load_tokens(
+                value + (image * value_b + h * value_h), offsets, value_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            if MASK_PADDING or not WHOLE:
+                scores = tl.where(seen[None, :], scores, float('-inf'))
+            p = tl.exp2(scores - sums[:, None])  # [M, N]
+            ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        store_tokens(d_query, own, owned, dq * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -245,7 +282,12 @@ def first_slot(pieces_before, region):
     return 2 * (pieces_before - region)
 
 
-@triton.jit(do_not_specialize=['groups', 'pieces', 'length', 'slots', 'height', 'width', 'rows', 'columns', 'topk'])
+@triton.jit(
+    do_not_specialize=[
+        *('groups', 'pieces', 'length', 'slots'),
+        *('height', 'width', 'rows', 'columns', 'topk', 'parts'),
+    ]
+)
 def key_gradient(
     query,
     key,
@@ -292,6 +334,7 @@ def key_gradient(
     columns,
     topk,
     scale,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -301,12 +344,13 @@ def key_gradient(
 ):
     """Gradients of the keys and of the values, from one piece of the list of the regions that listed theirs.
 
-    One that is None is left out. What comes of a list in several pieces goes into the pieces' slots, in float32.
+    One that is None is left out. What comes of a list in several pieces goes into the pieces' slots, in float32. A
+    program has every `parts`-th head.
     """
     grid = grid_of(height, width, rows, columns)
     regions, pixels = grid[0], grid[1]
-    image, head, piece, tile = place(tl.program_id(0), heads, pieces, tl.cdiv(pixels, BLOCK_M))
-    group = image * groups + head % groups
+    image, part, piece, tile = place(tl.program_id(0), parts, pieces, tl.cdiv(pixels, BLOCK_M))
+    group = image * groups + part % groups
     own_region = tl.load(region_of_piece + group * pieces + piece)
     if own_region >= regions:
         return
@@ -316,54 +360,54 @@ def key_gradient(
     begin = tl.load(first_lister + first) + piece * length
     count = tl.minimum(tl.load(first_lister + first + 1) - begin, length)
     listers += group * regions * topk + begin
-    query += image * query_b + head.to(tl.int64) * query_h
-    key += image * key_b + head.to(tl.int64) * key_h
-    value += image * value_b + head.to(tl.int64) * value_h
-    grad += image * grad_b + head.to(tl.int64) * grad_h
-    log_sum += (image * heads + head) * regions * pixels
-    if d_key is not None:
-        delta += (image * heads + head) * regions * pixels
-
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     y, x, owned = locate(own_region, m, grid)  # [M], of keys
-    k = load_tokens(key, map_offset(y, x, key_y, key_x), key_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
-    if d_key is not None:
-        v = load_tokens(value, map_offset(y, x, value_y, value_x), value_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+    key_offsets = image * key_b + map_offset(y, x, key_y, key_x)
+    value_offsets = image * value_b + map_offset(y, x, value_y, value_x)
 
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, count * pixels, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        region, pixel = listed(listers, 1, count, n, grid)  # [N]
-        queries_y, queries_x, exists = locate(region, pixel, grid)
-        offsets = map_offset(queries_y, queries_x, query_y, query_x)
-        q = load_tokens(query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        offsets = map_offset(queries_y, queries_x, grad_y, grad_x)
-        do = load_tokens(grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [N, D]
-        position = region * pixels + pixel
-        sums = tl.load(log_sum + position, mask=n < count * pixels, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
-        p = tl.exp2(scores - sums[None, :])  # 1 for a query that isn't there: its gradient is zeros
-        if d_value is not None:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    for head in range(part, heads, parts):
+        h = tl.cast(head, tl.int64)
+        k = load_tokens(key, key_offsets + h * key_h, key_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
         if d_key is not None:
-            deltas = tl.load(delta + position, mask=n < count * pixels, other=0.0)
-            ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - deltas[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            v = load_tokens(value, value_offsets + h * value_h, value_d, owned, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for start in range(0, count * pixels, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            region, pixel = listed(listers, 1, count, n, grid)  # [N]
+            queries_y, queries_x, exists = locate(region, pixel, grid)
+            offsets = map_offset(queries_y, queries_x, query_y, query_x)
+            q = load_tokens(
+                query + (image * query_b + h * query_h), offsets, query_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            offsets = map_offset(queries_y, queries_x, grad_y, grad_x)
+            do = load_tokens(
+                grad + (image * grad_b + h * grad_h), offsets, grad_d, exists, HEAD_DIM, BLOCK_D, UPCAST
+            )  # [N, D]
+            position = (image * heads + head) * regions * pixels + (region * pixels + pixel)
+            sums = tl.load(log_sum + position, mask=n < count * pixels, other=0.0)
+            scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)  # [M, N]
+            p = tl.exp2(scores - sums[None, :])  # 1 for a query that isn't there: its gradient is zeros
+            if d_value is not None:
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            if d_key is not None:
+                deltas = tl.load(delta + position, mask=n < count * pixels, other=0.0)
+                ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - deltas[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    if pieces_to - pieces_before == 1:
-        own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
-        if d_key is not None:
-            store_tokens(d_key, own, owned, dk * scale, HEAD_DIM, BLOCK_D)
-        if d_value is not None:
-            store_tokens(d_value, own, owned, dv, HEAD_DIM, BLOCK_D)
-    else:
-        slot = first_slot(pieces_before, own_region) + piece
-        own = (((image * heads + head) * slots + slot) * pixels + m) * HEAD_DIM
-        if d_key is not None:
-            store_tokens(partial_key, own, owned, dk * scale, HEAD_DIM, BLOCK_D)
-        if d_value is not None:
-            store_tokens(partial_value, own, owned, dv, HEAD_DIM, BLOCK_D)
+        if pieces_to - pieces_before == 1:
+            own = vector(image, head, map_offset(y, x, width, 1), heads, height, width, HEAD_DIM)
+            if d_key is not None:
+                store_tokens(d_key, own, owned, dk * scale, HEAD_DIM, BLOCK_D)
+            if d_value is not None:
+                store_tokens(d_value, own, owned, dv, HEAD_DIM, BLOCK_D)
+        else:
+            slot = first_slot(pieces_before, own_region) + piece
+            own = (((image * heads + head) * slots + slot) * pixels + m) * HEAD_DIM
+            if d_key is not None:
+                store_tokens(partial_key, own, owned, dk * scale, HEAD_DIM, BLOCK_D)
+            if d_value is not None:
+                store_tokens(partial_value, own, owned, dv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=['groups', 'slots', 'height', 'width', 'rows', 'columns'])

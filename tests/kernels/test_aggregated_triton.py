@@ -131,6 +131,15 @@ def test_interpreted_gradients_of_some_inputs_are_those_of_all(needs):
 
 
 @interpreted
+def test_interpreted_gradients_of_biases_add_up_over_bands_and_parts(monkeypatch):
+    """A band is at least a row of tiles; the images of one are divided among programs, and heads are two."""
+    monkeypatch.setattr(triton, 'SCORES', 1)
+    assert_exact(Case((9, 5), (3, 2), batch=3, heads=2), needs=['pooled_bias', 'learnable_tokens'])
+    monkeypatch.setattr(triton, 'IMAGES', 2)
+    assert_exact(Case((3, 4), (2, 2), batch=3), needs=['pooled_bias', 'learnable_tokens'])
+
+
+@interpreted
 def test_interpreted_what_lies_outside_is_no_key_and_has_no_value():
     """With values of one, weights that sum to one give one, and learnable weights count inside of the map alone."""
     case = Case((3, 3), (1, 1))

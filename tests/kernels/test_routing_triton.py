@@ -99,6 +99,21 @@ def test_interpreted_half_precision_is_within_its_tolerance(dtype):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    'case',
+    [
+        Case((4, 6), 2, 4, heads=3, head_dim=24),
+        Case((7, 7), (3, 4), 3, batch=2, heads=2, mask_padding=True),
+        Case((4, 6), 2, 3, heads=2, per_head=True),
+    ],
+    ids=str,
+)
+def test_interpreted_heads_of_one_program_are_exact(case, monkeypatch):
+    monkeypatch.setattr(triton, 'BUSY', 0)
+    assert_exact(case)
+
+
+@interpreted
 @pytest.mark.parametrize('needs', [['query'], ['key'], ['value'], ['query', 'value'], []])
 def test_interpreted_gradients_of_some_inputs_are_those_of_all(needs):
     case = Case((4, 6), 2, 2)

@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).with_name('configs.json')
 KERNEL_SIZE = 13  # the greatest
 WIDE_KERNEL_SIZE = 7  # the greatest in float32 where head_dim is greater than WIDE: shared memory holds no more
 WIDE = 64
-KEPT = 128  # numbers of tables that a thread keeps at most, of its 255 registers; less where head_dim is above WIDE
+KEPT = 128  # numbers of tables that a thread keeps at most, of its 255 registers; none where head_dim is above WIDE
 
 
 def judge(problem: Problem) -> Verdict:
@@ -154,7 +154,7 @@ class Call:
         tile = self.blocks[name].tile
         if name == 'key' and any(length < kernel for length, kernel in zip(tile, self.kernel_size, strict=True)):
             return False
-        return self.arithmetic == 'half' and numbers <= KEPT * WIDE // max(self.arguments['BLOCK_D'], WIDE)
+        return self.arithmetic == 'half' and self.arguments['BLOCK_D'] <= WIDE and numbers <= KEPT
 
     def _share(self, name: str, steps: int = 1) -> tuple[int, int]:
         """How many tiles a program has at most, and how many programs a head has; each has one of `steps`."""

@@ -33,15 +33,18 @@ from zoo.kernels.tune import OPERATORS
 
 RESULTS = Path(__file__).parent / 'results'
 # Patterns of 'operator problem kernel' -> bytes of stack that they may take. Neighborhood attention keeps tables in
-# registers for a loop over tiles: what lies in memory instead is what a program, or a tile, makes once.
+# registers for a loop over tiles, and routing goes through heads: what lies in memory instead is made once before.
 SPILLS = {
     '*': 16,  # a register or four, which ptxas gives up where one more program fits for it
     'aggregated *float16 * window 3x3 * forward': 72,  # on sm_120 alone; smaller tiles would leave warps idle
     'aggregated * window 7x7 *_gradient': 48,  # heads of 96 and 128 numbers, which no model has
-    'neighborhood *float16 * head_dim [2346]? *': 380,
+    'routing *float16 regions 8x8 head_dim 96 *key_gradient': 240,
+    'routing *float16 regions 8x8 head_dim 128 *key_gradient': 240,
+    'neighborhood *float16 * head_dim [23]? *': 380,
+    'neighborhood *float16 * head_dim [46]? *': 640,
     'neighborhood *float16 * head_dim 96 *': 850,
     'neighborhood *float16 * head_dim 128 *': 850,
-    'neighborhood tf32 *': 140,
+    'neighborhood tf32 *': 240,
     'neighborhood ieee *': 660,  # products of float32 without tensor cores hold both factors
 }
 # Patterns -> share of the instructions of the longest loop, in which a kernel is nearly all of the time, that may load
@@ -49,8 +52,8 @@ SPILLS = {
 RELOADS = {
     '*': 0.05,
     'neighborhood *float16 * head_dim 24 bias_gradient': 0.1,
-    'neighborhood *float16 8x8 * head_dim * key_gradient': 0.1,
-    'neighborhood *float16 8x8 * head_dim * forward': 0.06,
+    'neighborhood *float16 * head_dim [46]? forward': 0.065,
+    'neighborhood *float16 * head_dim [46]? key_gradient': 0.055,
     'neighborhood *float16 1x57 * query_gradient': 0.08,
     'neighborhood ieee * head_dim 128 *': 0.07,
 }

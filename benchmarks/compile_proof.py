@@ -41,9 +41,9 @@ SPILLS = {
     'routing *float16 regions 8x8 head_dim 96 *key_gradient': 240,
     'routing *float16 regions 8x8 head_dim 128 *key_gradient': 240,
     'neighborhood *float16 * head_dim [23]? *': 380,
-    'neighborhood *float16 * head_dim [46]? *': 640,
-    'neighborhood *float16 * head_dim 96 *': 850,
-    'neighborhood *float16 * head_dim 128 *': 850,
+    'neighborhood *float16 * head_dim [46]? *': 650,
+    'neighborhood *float16 * head_dim 96 *': 1000,
+    'neighborhood *float16 * head_dim 128 *': 1000,
     'neighborhood tf32 *': 240,
     'neighborhood ieee *': 660,  # products of float32 without tensor cores hold both factors
 }
@@ -55,6 +55,8 @@ RELOADS = {
     'neighborhood *float16 * head_dim [46]? forward': 0.065,
     'neighborhood *float16 * head_dim [46]? key_gradient': 0.055,
     'neighborhood *float16 1x57 * query_gradient': 0.08,
+    'neighborhood *float16 8x8 * query_gradient': 0.08,
+    'neighborhood *float16 8x8 * forward': 0.08,
     'neighborhood ieee * head_dim 128 *': 0.07,
 }
 # Kernels without products of matrices, and products that tensor cores do not compute.

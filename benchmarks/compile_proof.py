@@ -60,7 +60,7 @@ RELOADS = {
     'neighborhood ieee * head_dim 128 *': 0.07,
 }
 # Kernels without products of matrices, and products that tensor cores do not compute.
-NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure', '* learnable_gradient', 'aggregated * key_gradient')
+NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure', 'aggregated * key_gradient')
 
 
 class Task(NamedTuple):

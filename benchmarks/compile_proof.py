@@ -32,12 +32,20 @@ from zoo.kernels.targets import SHARED_KIB, Compiled, compile_for
 from zoo.kernels.tune import OPERATORS
 
 RESULTS = Path(__file__).parent / 'results'
-# Patterns of 'operator problem kernel' -> bytes of stack that they may take. Neighborhood attention keeps tables in
-# registers for a loop over tiles, and routing goes through heads: what lies in memory instead is made once before.
+# Patterns of 'operator problem kernel' -> bytes of stack that they may take. Neighborhood and aggregated attention keep
+# tables in registers for a loop over tiles or images, and routing goes through heads: what lies in memory instead is
+# made once before.
 SPILLS = {
     '*': 16,  # a register or four, which ptxas gives up where one more program fits for it
-    'aggregated *float16 * window 3x3 * forward': 72,  # on sm_120 alone; smaller tiles would leave warps idle
+    'aggregated *float16 * window 3x3 * forward': 320,
+    'aggregated *float16 * window 3x3 * query_gradient': 580,
+    'aggregated *float16 * window 3x3 * key_gradient': 580,
+    'aggregated tf32 * window 3x3 * query_gradient': 160,
+    'aggregated tf32 * window 3x3 * key_gradient': 760,
     'aggregated * window 7x7 *_gradient': 48,  # heads of 96 and 128 numbers, which no model has
+    'aggregated tf32 * window 7x7 * query_gradient': 200,
+    'aggregated ieee * window 3x3 * forward': 56,
+    'aggregated ieee * window 7x7 *': 550,
     'routing *float16 regions 8x8 head_dim 96 *key_gradient': 240,
     'routing *float16 regions 8x8 head_dim 128 *key_gradient': 240,
     'neighborhood *float16 * head_dim [23]? *': 380,
@@ -51,6 +59,9 @@ SPILLS = {
 # what was spilled.
 RELOADS = {
     '*': 0.05,
+    'aggregated *float16 * window 3x3 * query_gradient': 0.055,
+    'aggregated *float16 * window 3x3 * key_gradient': 0.11,
+    'aggregated tf32 * window 3x3 * key_gradient': 0.1,
     'neighborhood *float16 * head_dim 24 bias_gradient': 0.1,
     'neighborhood *float16 * head_dim [46]? forward': 0.065,
     'neighborhood *float16 * head_dim [46]? key_gradient': 0.055,
@@ -60,7 +71,7 @@ RELOADS = {
     'neighborhood ieee * head_dim 128 *': 0.07,
 }
 # Kernels without products of matrices, and products that tensor cores do not compute.
-NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure', 'aggregated * key_gradient')
+NO_TENSOR_CORES = ('*_gradient_sum', '* ieee *', '* measure')
 
 
 class Task(NamedTuple):

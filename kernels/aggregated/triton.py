@@ -110,8 +110,8 @@ class Call:
     def cut(self, name: str) -> dict[str, int]:
         """How kernel `name` is cut."""
         tile_y, tile_x = self.blocks[name].tile
-        rows, columns = (next_power_of_2(n) for n in self.pooled)
         step = self.blocks[name].step
+        rows, columns = (next_power_of_2(n) for n in self.pooled)
         columns = min(columns, step)
         rows = max(16 // columns, min(step // columns, rows))
         halo_y, halo_x = tile_y + self.window_size - 1, tile_x + self.window_size - 1
@@ -121,9 +121,11 @@ class Call:
             'BLOCK_M': max(16, next_power_of_2(tile_y * tile_x)),
             'HALO_Y': halo_y,
             'HALO_X': halo_x,
-            'HALO': max(16, next_power_of_2(halo_y * halo_x)),
+            'NEAR': max(16, min(step, next_power_of_2(halo_y * halo_x))),
             'COLUMNS': columns,
             'ROWS': rows,
+            'WHOLE': step >= halo_y * halo_x,
+            'ONE_STEP': rows >= self.pooled[0] and columns >= self.pooled[1],
         }
 
     def tiles(self, name: str) -> int:
@@ -160,17 +162,9 @@ class Call:
     def forward(self, output: Tensor, log_sum: Tensor) -> Launch:
         from .triton_kernels import forward
 
-        programs = self.batch * self.tiles('forward') * self.heads
-        return self._launch(forward, 'forward', programs, output=output, log_sum=log_sum)
-
-    def _sums(self, name: str, *shape: int, summed: bool) -> tuple[int, int, Tensor | None]:
-        """Tiles of all images, among how many programs a head's are divided, and place for what each of them sums.
-
-        Without sums to leave, a program has one tile.
-        """
-        tiles = self.batch * self.tiles(name)
-        parts = self.parts(self.heads, tiles) if summed else tiles
-        return tiles, parts, self.new(self.heads, parts, *shape) if summed else None
+        programs, parts = self.over_images('forward')
+        tensors = dict(output=output, log_sum=log_sum, batch=self.batch, parts=parts)
+        return self._launch(forward, 'forward', programs, **tensors)
 
     def learnable_gradient(self, output: Tensor, delta: Tensor, summed: bool) -> tuple[Launch, Tensor | None]:
         """Fills `delta`, which the kernels after it read; and (heads, parts, cells, BLOCK_D + 1), if `summed`.
@@ -194,10 +188,11 @@ class Call:
         """
         from .triton_kernels import query_gradient
 
+        programs, parts = self.over_images('query')
         length = self.arguments['BLOCK_D'] + self.arguments['CELLS'] + 1
-        tiles, parts, sums = self._sums('query', length, summed=summed)
-        tensors = dict(log_sum=log_sum, delta=delta, d_query=d_query, d_parameters=sums, tiles=tiles, parts=parts)
-        return self._launch(query_gradient, 'query', self.heads * parts, **tensors), sums
+        sums = self.new(self.heads, programs // self.heads, length) if summed else None
+        tensors = dict(log_sum=log_sum, delta=delta, d_query=d_query, d_parameters=sums, batch=self.batch, parts=parts)
+        return self._launch(query_gradient, 'query', programs, **tensors), sums
 
     def of_sums(self, learnable: Tensor | None, parameters: Tensor | None) -> dict[str, Tensor]:
         """Gradients of parameters by name, from what the two kernels left."""
@@ -217,8 +212,9 @@ class Call:
     ) -> Launch:
         from .triton_kernels import key_gradient
 
-        programs = self.batch * self.tiles('key') * self.heads
-        return self._launch(key_gradient, 'key', programs, log_sum=log_sum, delta=delta, d_key=d_key, d_value=d_value)
+        programs, parts = self.over_images('key')
+        tensors = dict(log_sum=log_sum, delta=delta, d_key=d_key, d_value=d_value, batch=self.batch, parts=parts)
+        return self._launch(key_gradient, 'key', programs, **tensors)
 
     def pooled_gradient(
         self, log_sum: Tensor, delta: Tensor | None, d_pooled_key: Tensor | None, d_pooled_value: Tensor | None

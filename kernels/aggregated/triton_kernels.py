@@ -1,11 +1,12 @@
 """The Triton kernels of aggregated attention; triton.py launches them, README.md derives them.
 
 A program has a tile of TILE_Y x TILE_X pixels of one head: queries in all kernels but `key_gradient`, which has keys,
-and those that are about pooled keys. Pooled keys are met ROWS rows of COLUMNS a step, so that the column of each is the
-same in all steps of a column of steps: what a bias depends on by the columns is loaded once for these. The window is
-met a cell at a time, by products of vectors, but in `learnable_gradient`, which multiplies matrices. M counts pixels of
-a tile, N pooled keys of a step or pixels around a tile; offsets into memory are of 64 bits. Vectors are read as they
-are and divided by their norms in registers: `inverse` is of the norm.
+and those that are about pooled keys. Both kinds of keys are met in steps, by products of matrices. Pooled keys come
+ROWS rows of COLUMNS a step, so that the column of each is the same in all steps of a column of steps: what a bias
+depends on by the columns is loaded once for these. Windows come as the pixels that they cover together, HALO_Y x HALO_X
+around the tile, NEAR of them a step, row by row; who is in whose window is a mask. M counts pixels of a tile, N keys of
+a step; offsets into memory are of 64 bits. Vectors are read as they are and divided by their norms in registers:
+`inverse` is of the norm.
 """
 
 import triton
@@ -120,40 +121,121 @@ def rows_of(places, y, first_i, i, height, pooled_height, ROWS: tl.constexpr):
 
 @triton.jit
 def surroundings(
-    top, left, height, width, WINDOW: tl.constexpr, HALO_Y: tl.constexpr, HALO_X: tl.constexpr, HALO: tl.constexpr
+    first,
+    top,
+    left,
+    height,
+    width,
+    WINDOW: tl.constexpr,
+    HALO_Y: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
-    """Rows and columns of the pixels that a tile and its windows cover, and which the map has, all [N]."""
-    n = tl.arange(0, HALO)
+    """Rows and columns of a step's pixels around a tile, the first of them `first`, and which the map has, all [N]."""
+    n = first + tl.arange(0, NEAR)
     y, x = top - WINDOW // 2 + n // HALO_X, left - WINDOW // 2 + n % HALO_X
     return y, x, (n < HALO_Y * HALO_X) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
 
 
 @triton.jit
-def load_learnable(
-    tokens, bias, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr
+def windows(
+    first,
+    WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
-    """Learnable tokens of a head [CELLS, D] and their biases [CELLS], zero in the padding."""
+    """Which cell of the windows of a tile's pixels those of `surroundings` are, [M, N].
+
+    It is CELLS - 1 for none: CELLS is more than a window has.
+    """
+    m, n = tl.arange(0, BLOCK_M)[:, None], first + tl.arange(0, NEAR)[None, :]
+    row, column = n // HALO_X - m // TILE_X, n % HALO_X - m % TILE_X
+    met = (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW) & (m < TILE_Y * TILE_X)
+    return tl.where(met, row * WINDOW + column, CELLS - 1)
+
+
+@triton.jit
+def mirrored(cell, WINDOW: tl.constexpr):
+    """As which cell of their windows queries that are cells of a key's have the key."""
+    return tl.where(cell < WINDOW * WINDOW, WINDOW * WINDOW - 1 - cell, cell)
+
+
+@triton.jit
+def window_biases(local_bias, cell, seen, WINDOW: tl.constexpr):
+    """Biases in base 2 of scores [M, N] of cells, -inf where there is none or it is not `seen`."""
+    seen = seen & (cell < WINDOW * WINDOW)
+    return tl.load(local_bias + cell, mask=seen, other=float('-inf')).to(tl.float32) * LOG2E
+
+
+@triton.jit
+def pooled_biases(pooled_bias, places, some):
+    """Biases in base 2 of scores [M, N] of pooled keys from their places in the table, -inf where there is no key."""
+    return tl.where(some[None, :], tl.load(pooled_bias + places).to(tl.float32) * LOG2E, float('-inf'))
+
+
+@triton.jit
+def places_in(
+    first,
+    WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
+    TILE_Y: tl.constexpr,
+    TILE_X: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
+):
+    """The other way round: which of `surroundings` is a cell of a pixel's window, zero for none, and if, [M, CELLS]."""
+    m, c = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, CELLS)[None, :]
+    n = (m // TILE_X + c // WINDOW) * HALO_X + m % TILE_X + c % WINDOW - first
+    met = (m < TILE_Y * TILE_X) & (c < WINDOW * WINDOW) & (n >= 0) & (n < NEAR)
+    return tl.where(met, n, 0), met
+
+
+@triton.jit
+def load_learnable(tokens, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, CELLS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Learnable tokens of a head [CELLS, D], zero in the padding."""
     c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
-    mask = c < WINDOW * WINDOW
     places = tokens + c[:, None] + d[None, :] * (WINDOW * WINDOW)
-    tokens = tl.load(places, mask=mask[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    return tokens, tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(places, mask=(c < WINDOW * WINDOW)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def taken(x, index):
-    """x[m, index[m, n]]: [M, N]. It is flat because that of rows would be shuffles, four for each number."""
-    M: tl.constexpr = x.shape[0]
+def load_learnable_bias(bias, WINDOW: tl.constexpr, CELLS: tl.constexpr):
+    """Of the cells [CELLS], zero in the padding."""
+    c = tl.arange(0, CELLS)
+    return tl.load(bias + c, mask=c < WINDOW * WINDOW, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def taken(x, row, column):
+    """x[row, column], [M, N] for rows and columns that broadcast to it.
+
+    It is flat because that of rows would be shuffles, four for each number.
+    """
+    R: tl.constexpr = x.shape[0]
     C: tl.constexpr = x.shape[1]
-    flat = tl.reshape(index + tl.arange(0, M)[:, None] * C, [M * index.shape[1]])
-    return tl.reshape(tl.gather(tl.reshape(x, [M * C]), flat, 0), [M, index.shape[1]])
+    index = row * C + column
+    M: tl.constexpr = index.shape[0]
+    N: tl.constexpr = index.shape[1]
+    return tl.reshape(tl.gather(tl.reshape(x, [R * C]), tl.reshape(index, [M * N]), 0), [M, N])
 
 
 @triton.jit
-def neighbors(y, x, exists, offset_y, offset_x, height, width):
-    """Pixels at an offset, and which of them lie on the map."""
-    y, x = y + offset_y, x + offset_x
-    return y, x, exists & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+def scores_of(q, k, inverse_q, inverse_k, along_k, scale, biases, PRECISION: tl.constexpr):
+    """Scores [M, N] in base 2 of queries [M, D] and keys [N, D] as they are: `scale` and `biases` are in base 2."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_k[None, :]
+    return (scores * inverse_q[:, None] + along_k[None, :]) * scale[:, None] + biases
+
+
+@triton.jit
+def scores_by_keys(q, k, inverse_q, inverse_k, along_k, scale, biases, PRECISION: tl.constexpr):
+    """As `scores_of`, a row a key: [N, M]."""
+    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * inverse_q[None, :]
+    return (scores * inverse_k[:, None] + along_k[:, None]) * scale[None, :] + biases
 
 
 @triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width'])
@@ -210,7 +292,9 @@ def measure(
     tl.store(along + own, tl.sum(k * embedding[None, :], 1) * inverses, mask=exists)
 
 
-@triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x'])
+@triton.jit(
+    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'batch', 'parts']
+)
 def forward(
     query,
     key,
@@ -260,101 +344,121 @@ def forward(
     pooled_width,
     table_y,
     table_x,
+    batch,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
     WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALO_Y: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, height, width)."""
+    """Output, and the log-sum-exp in base 2 of each query's scores (batch, heads, height, width).
+
+    A program has a tile of every `parts`-th image: biases are the same in all.
+    """
     index = tl.program_id(0)
     head = index % heads
-    image, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
-    first_query = image * query_b + head.to(tl.int64) * query_h
-    first_key = image * key_b + head.to(tl.int64) * key_h
-    first_value = image * value_b + head.to(tl.int64) * value_h
-    first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
-    first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+    part, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
     pooled = pooled_height * pooled_width
-    inverse += plane(image, head, heads, pooled, 1)
-    along += plane(image, head, heads, pooled, 1)
     local_bias += head * WINDOW * WINDOW
-    learnable_bias += head * WINDOW * WINDOW
     learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
     pooled_bias += head.to(tl.int64) * table_y * table_x
+    tokens = load_learnable(learnable_tokens, WINDOW, HEAD_DIM, CELLS, BLOCK_D)  # [CELLS, D]
+    token_bias = load_learnable_bias(learnable_bias + head * WINDOW * WINDOW, WINDOW, CELLS)  # [CELLS]
     embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
-
+    m = tl.arange(0, BLOCK_M)
     y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
-    q = load_vectors(
-        query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-    )  # [M, D]
-    unit = q.to(tl.float32)
-    inverse_q = inverse_norm(unit)
-    unit = unit * inverse_q[:, None]
+    position = y.to(tl.int64) * width + x
     scale = tl.load(temperature + head).to(tl.float32) * LOG2E
     scale = scale * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
+    if WHOLE:
+        near_y, near_x, near = surroundings(0, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR)  # [N]
+        cell = windows(0, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+        near_biases = window_biases(local_bias, cell, near[None, :], WINDOW)
+    if ONE_STEP:
+        i, j, some = cells(0, 0, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+        places = rows_of(row_places, y[:, None], 0, i[None, :], height, pooled_height, ROWS)
+        places += places_of(column_places, x[:, None], j[None, :], width, pooled_width)
+        biases = pooled_biases(pooled_bias, places, some)  # [M, N]
 
-    maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first_j in range(0, pooled_width, COLUMNS):
-        j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
-        columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
-        for first_i in range(0, pooled_height, ROWS):
-            i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
-            p = i * pooled_width + j
-            n_offsets = p.to(tl.int64) * pooled_key_p
-            k = load_vectors(
-                pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-            )  # [N, D]
-            n_offsets = p.to(tl.int64) * pooled_value_p
-            v = load_vectors(
-                pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-            )  # [N, D]
-            inverse_k = tl.load(inverse + p, mask=some, other=0.0)
-            along_k = tl.load(along + p, mask=some, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_q[:, None]  # [M, N]
-            scores = (scores * inverse_k[None, :] + along_k[None, :]) * scale[:, None]
-            rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
-            scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
-            scores = tl.where(some[None, :], scores, float('-inf'))
+    for n in range(part.to(tl.int32), batch, parts):
+        image = tl.cast(n, tl.int64)
+        first_query = image * query_b + head.to(tl.int64) * query_h
+        first_key = image * key_b + head.to(tl.int64) * key_h
+        first_value = image * value_b + head.to(tl.int64) * value_h
+        first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
+        first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
+        first_p = plane(image, head, heads, pooled, 1)
+        q = load_vectors(
+            query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        inverse_q = inverse_norm(q.to(tl.float32))
+        learnable = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
+        learnable += token_bias[None, :]  # [M, CELLS]
+        learnt = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        for first in range(0, HALO_Y * HALO_X, NEAR):
+            if not WHOLE:
+                near_y, near_x, near = surroundings(
+                    first, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR
+                )  # [N]
+                cell = windows(first, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+                near_biases = window_biases(local_bias, cell, near[None, :], WINDOW)
+            offsets = map_offset(near_y, near_x, key_y, key_x)
+            k = load_vectors(key, first_key, offsets, key_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            offsets = map_offset(near_y, near_x, value_y, value_x)
+            v = load_vectors(value, first_value, offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            inverse_k = inverse_norm(k.to(tl.float32))
+            along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+            scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, near_biases, PRECISION)  # [M, N]
             maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
             accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION)
+            weights = taken(learnable, m[:, None], cell)  # values outside of the map are zero
+            learnt = tl.dot(weights.to(v.dtype), v, learnt, input_precision=PRECISION)
+        for first_j in range(0, COLUMNS if ONE_STEP else pooled_width, COLUMNS):
+            if not ONE_STEP:
+                j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
+                columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
+            for first_i in range(0, ROWS if ONE_STEP else pooled_height, ROWS):
+                if not ONE_STEP:
+                    i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+                    rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
+                    biases = pooled_biases(pooled_bias, rows + columns, some)  # [M, N]
+                p = i * pooled_width + j
+                offsets = p.to(tl.int64) * pooled_key_p
+                k = load_vectors(
+                    pooled_key, first_pooled_key, offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                )  # [N, D]
+                offsets = p.to(tl.int64) * pooled_value_p
+                v = load_vectors(
+                    pooled_value, first_pooled_value, offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                )  # [N, D]
+                inverse_k = tl.load(inverse + first_p + p, mask=some, other=0.0)
+                along_k = tl.load(along + first_p + p, mask=some, other=0.0)
+                scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, biases, PRECISION)  # [M, N]
+                maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
+                accumulator = tl.dot(
+                    weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION
+                )
 
-    embedded = (unit + embedding[None, :]) * scale[:, None]
-    former = maximum
-    near = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    learnt = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for row in range(WINDOW):
-        for column in tl.static_range(WINDOW):
-            cell = row * WINDOW + column
-            near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
-            offsets = map_offset(near_y, near_x, key_y, key_x)
-            k = load_wide(key, first_key, offsets, key_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            offsets = map_offset(near_y, near_x, value_y, value_x)
-            v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            scores = tl.sum(embedded * k, 1) * inverse_norm(k) + tl.load(local_bias + cell).to(tl.float32) * LOG2E
-            scores = tl.where(seen, scores, float('-inf'))  # [M]
-            maximum_now = tl.maximum(maximum, scores)
-            weights, correction = tl.exp2(scores - maximum_now), tl.exp2(maximum - maximum_now)
-            maximum, total = maximum_now, total * correction + weights
-            near = near * correction[:, None] + weights[:, None] * v
-            token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
-            weights = tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32)
-            learnt += weights[:, None] * v
-
-    own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
-    correction = tl.exp2(former - maximum)
-    near = near + accumulator * correction[:, None]
-    store_tokens(output, own, exists, near / total[:, None] + learnt, HEAD_DIM, BLOCK_D)
-    own = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
-    tl.store(log_sum + own, maximum + tl.log2(total), mask=exists)
+        own = vector(image, head, position, heads, height, width, HEAD_DIM)
+        store_tokens(output, own, exists, accumulator / total[:, None] + learnt, HEAD_DIM, BLOCK_D)
+        own = plane(image, head, heads, height, width) + position
+        tl.store(log_sum + own, maximum + tl.log2(total), mask=exists)
 
 
 @triton.jit(do_not_specialize=['height', 'width', 'batch', 'parts'])
@@ -397,7 +501,7 @@ def learnable_gradient(
     BLOCK_M: tl.constexpr,
     HALO_Y: tl.constexpr,
     HALO_X: tl.constexpr,
-    HALO: tl.constexpr,
+    NEAR: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -411,18 +515,12 @@ def learnable_gradient(
     head = index % heads
     part, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
     learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
-    tokens, token_bias = load_learnable(
-        learnable_tokens, learnable_bias + head * WINDOW * WINDOW, WINDOW, HEAD_DIM, CELLS, BLOCK_D
-    )  # [CELLS, D], [CELLS]
+    tokens = load_learnable(learnable_tokens, WINDOW, HEAD_DIM, CELLS, BLOCK_D)  # [CELLS, D]
+    token_bias = load_learnable_bias(learnable_bias + head * WINDOW * WINDOW, WINDOW, CELLS)  # [CELLS]
     c, d, m = tl.arange(0, CELLS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
     y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
-    near_y, near_x, near = surroundings(top, left, height, width, WINDOW, HALO_Y, HALO_X, HALO)  # [N]
-    inside = (m < TILE_Y * TILE_X)[:, None] & (c < WINDOW * WINDOW)[None, :]
-    places = (m // TILE_X * HALO_X + m % TILE_X)[:, None] + (c // WINDOW * HALO_X + c % WINDOW)[None, :]
-    places = tl.where(inside, places, 0)  # of cells among the pixels around the tile, [M, CELLS]
     position = y.to(tl.int64) * width + x
     query_offsets, grad_offsets = map_offset(y, x, query_y, query_x), map_offset(y, x, grad_y, grad_x)
-    value_offsets = map_offset(near_y, near_x, value_y, value_x)
     d_tokens = tl.zeros([CELLS, BLOCK_D], tl.float32)
     d_bias = tl.zeros([CELLS], tl.float32)
     for n in range(part.to(tl.int32), batch, parts):
@@ -431,15 +529,21 @@ def learnable_gradient(
         q = load_vectors(query, first, query_offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
         first = image * grad_b + head.to(tl.int64) * grad_h
         do = load_vectors(grad, first, grad_offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-        first = image * value_b + head.to(tl.int64) * value_h
-        v = load_vectors(value, first, value_offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+        first_value = image * value_b + head.to(tl.int64) * value_h
+        dp = tl.zeros([BLOCK_M, CELLS], tl.float32)
+        for start in range(0, HALO_Y * HALO_X, NEAR):
+            near_y, near_x, near = surroundings(start, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR)  # [N]
+            offsets = map_offset(near_y, near_x, value_y, value_x)
+            v = load_vectors(value, first_value, offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            places, met = places_in(start, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, CELLS]
+            products = tl.dot(do, tl.trans(v), input_precision=PRECISION)  # [M, N]
+            dp += tl.where(met, taken(products, m[:, None], places), 0.0)
         own = vector(image, head, position, heads, height, width, HEAD_DIM)
         o = load_tokens(output, own, 1, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
         unit = q.to(tl.float32)
         inverse_q = inverse_norm(unit)
         weights = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
         weights += token_bias[None, :]  # [M, CELLS]
-        dp = taken(tl.dot(do, tl.trans(v), input_precision=PRECISION), places)  # [M, CELLS]
         deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1) - tl.sum(dp * weights, 1)
         tl.store(delta + plane(image, head, heads, height, width) + position, deltas, mask=exists)
         if d_learnable is not None:
@@ -455,7 +559,7 @@ def learnable_gradient(
 
 
 @triton.jit(
-    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'tiles', 'parts']
+    do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'batch', 'parts']
 )
 def query_gradient(
     query,
@@ -513,7 +617,7 @@ def query_gradient(
     pooled_width,
     table_y,
     table_x,
-    tiles,
+    batch,
     parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -523,118 +627,148 @@ def query_gradient(
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALO_Y: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient of the queries, and sums of those of the query embedding, local_bias and temperature.
 
-    A program has every `parts`-th tile, and leaves its own sums over these in d_parameters (heads, parts,
-    BLOCK_D + CELLS + 1), in this order; none where it is None.
+    A program has a tile of every `parts`-th image, and leaves its own sums over these in d_parameters (heads, parts of
+    tiles, BLOCK_D + CELLS + 1), in this order; none where it is None.
     """
     index = tl.program_id(0)
-    part = index % parts
-    head = index // parts
+    head = index % heads
+    part, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
     pooled = pooled_height * pooled_width
     local_bias += head * WINDOW * WINDOW
     learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
     pooled_bias += head.to(tl.int64) * table_y * table_x
+    tokens = load_learnable(learnable_tokens, WINDOW, HEAD_DIM, CELLS, BLOCK_D)  # [CELLS, D]
     embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
+    c, d, m = tl.arange(0, CELLS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
+    position = y.to(tl.int64) * width + x
+    length = tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
     heat = tl.load(temperature + head).to(tl.float32)
-    c, d = tl.arange(0, CELLS), tl.arange(0, BLOCK_D)
-    d_embedding = tl.zeros([BLOCK_D], tl.float32)
-    d_local_bias = tl.zeros([CELLS], tl.float32)
+    scale = heat * LOG2E * length
+    if WHOLE:
+        near_y, near_x, near = surroundings(0, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR)  # [N]
+        cell = windows(0, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+        near_biases = window_biases(local_bias, cell, near[None, :], WINDOW)
+        member, held = places_in(0, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, CELLS]
+    if ONE_STEP:
+        i, j, some = cells(0, 0, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+        places = rows_of(row_places, y[:, None], 0, i[None, :], height, pooled_height, ROWS)
+        places += places_of(column_places, x[:, None], j[None, :], width, pooled_width)
+        biases = pooled_biases(pooled_bias, places, some)  # [M, N]
+    d_embedding = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d_local_bias = tl.zeros([BLOCK_M, CELLS], tl.float32)
     d_temperature = tl.zeros([BLOCK_M], tl.float32)
-    for tile in range(part, tiles, parts):
-        image, top, left = place(tile, height, width, TILE_Y, TILE_X)
+    for n in range(part.to(tl.int32), batch, parts):
+        image = tl.cast(n, tl.int64)
         first_query = image * query_b + head.to(tl.int64) * query_h
+        first_key = image * key_b + head.to(tl.int64) * key_h
+        first_value = image * value_b + head.to(tl.int64) * value_h
         first_grad = image * grad_b + head.to(tl.int64) * grad_h
         first_pooled_key = image * pooled_key_b + head.to(tl.int64) * pooled_key_h
         first_pooled_value = image * pooled_value_b + head.to(tl.int64) * pooled_value_h
         first_p = plane(image, head, heads, pooled, 1)
-        y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M]
-        offsets = map_offset(y, x, query_y, query_x)
-        q = load_vectors(query, first_query, offsets, query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        q = load_vectors(
+            query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        do = load_vectors(
+            grad, first_grad, map_offset(y, x, grad_y, grad_x), grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
         inverse_q = inverse_norm(q.to(tl.float32))
-        offsets = map_offset(y, x, grad_y, grad_x)
-        do = load_vectors(grad, first_grad, offsets, grad_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-        position = plane(image, head, heads, height, width) + y.to(tl.int64) * width + x
-        sums = tl.load(log_sum + position, mask=exists, other=0.0)
-        deltas = tl.load(delta + position, mask=exists, other=0.0)
-        length = tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
-        scale = heat * length
-
+        own = plane(image, head, heads, height, width) + position
+        sums = tl.load(log_sum + own, mask=exists, other=float('inf'))  # queries outside have no probabilities
+        deltas = tl.load(delta + own, mask=exists, other=0.0)
         dz = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the vectors whose products with unit keys are scaled
-        for first_j in range(0, pooled_width, COLUMNS):
-            j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
-            columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
-            for first_i in range(0, pooled_height, ROWS):
-                i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+        d_learnable = tl.zeros([BLOCK_M, CELLS], tl.float32)  # of the learnable weights
+        for first in range(0, HALO_Y * HALO_X, NEAR):
+            if not WHOLE:
+                near_y, near_x, near = surroundings(
+                    first, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR
+                )  # [N]
+                cell = windows(first, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+                near_biases = window_biases(local_bias, cell, near[None, :], WINDOW)
+                member, held = places_in(first, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, CELLS]
+            offsets = map_offset(near_y, near_x, key_y, key_x)
+            k = load_vectors(key, first_key, offsets, key_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            offsets = map_offset(near_y, near_x, value_y, value_x)
+            v = load_vectors(value, first_value, offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            inverse_k = inverse_norm(k.to(tl.float32))
+            along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+            scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, near_biases, PRECISION)  # [M, N]
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.exp2(scores - sums[:, None]) * (dp - deltas[:, None])
+            unit_k = (k.to(tl.float32) * inverse_k[:, None]).to(k.dtype)
+            dz = tl.dot(ds.to(k.dtype), unit_k, dz, input_precision=PRECISION)
+            d_learnable += tl.where(held, taken(dp, m[:, None], member), 0.0)
+            if d_parameters is not None:
+                d_local_bias += tl.where(held, taken(ds, m[:, None], member), 0.0)
+        for first_j in range(0, COLUMNS if ONE_STEP else pooled_width, COLUMNS):
+            if not ONE_STEP:
+                j = first_j + tl.arange(0, ROWS * COLUMNS) % COLUMNS  # [N]
+                columns = places_of(column_places, x[:, None], j[None, :], width, pooled_width)  # [M, N]
+            for first_i in range(0, ROWS if ONE_STEP else pooled_height, ROWS):
+                if not ONE_STEP:
+                    i, j, some = cells(first_i, first_j, pooled_height, pooled_width, ROWS, COLUMNS)  # [N]
+                    rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
+                    biases = pooled_biases(pooled_bias, rows + columns, some)  # [M, N]
                 p = i * pooled_width + j
-                n_offsets = p.to(tl.int64) * pooled_key_p
-                k = load_vectors(
-                    pooled_key, first_pooled_key, n_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                pooled_offsets = p.to(tl.int64) * pooled_key_p
+                pooled_k = load_vectors(
+                    pooled_key, first_pooled_key, pooled_offsets, pooled_key_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
                 )  # [N, D]
-                n_offsets = p.to(tl.int64) * pooled_value_p
-                v = load_vectors(
-                    pooled_value, first_pooled_value, n_offsets, pooled_value_d, some, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+                pooled_offsets = p.to(tl.int64) * pooled_value_p
+                pooled_v = load_vectors(
+                    pooled_value,
+                    first_pooled_value,
+                    pooled_offsets,
+                    pooled_value_d,
+                    some,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    ALIGN,
+                    UPCAST,
                 )  # [N, D]
-                inverse_k = tl.load(inverse + first_p + p, mask=some, other=0.0)
-                along_k = tl.load(along + first_p + p, mask=some, other=0.0)
-                scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_q[:, None]  # [M, N]
-                scores = (scores * inverse_k[None, :] + along_k[None, :]) * (scale * LOG2E)[:, None]
-                rows = rows_of(row_places, y[:, None], first_i, i[None, :], height, pooled_height, ROWS)
-                scores += tl.load(pooled_bias + rows + columns).to(tl.float32) * LOG2E
-                seen = exists[:, None] & some[None, :]
-                probabilities = tl.exp2(tl.where(seen, scores - sums[:, None], float('-inf')))
-                ds = probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
-                unit_k = (k.to(tl.float32) * inverse_k[:, None]).to(k.dtype)
-                dz = tl.dot(ds.to(k.dtype), unit_k, dz, input_precision=PRECISION)
+                pooled_inverse = tl.load(inverse + first_p + p, mask=some, other=0.0)
+                pooled_along = tl.load(along + first_p + p, mask=some, other=0.0)
+                pooled_scores = scores_of(
+                    q, pooled_k, inverse_q, pooled_inverse, pooled_along, scale, biases, PRECISION
+                )  # [M, N]
+                pooled_dp = tl.dot(do, tl.trans(pooled_v), input_precision=PRECISION)
+                pooled_ds = tl.exp2(pooled_scores - sums[:, None]) * (pooled_dp - deltas[:, None])
+                unit = (pooled_k.to(tl.float32) * pooled_inverse[:, None]).to(q.dtype)
+                dz = tl.dot(pooled_ds.to(q.dtype), unit, dz, input_precision=PRECISION)
 
-        first_key = image * key_b + head.to(tl.int64) * key_h
-        first_value = image * value_b + head.to(tl.int64) * value_h
-        unit = q.to(tl.float32) * inverse_q[:, None]
-        embedded = unit + embedding[None, :]
-        wide_do = do.to(tl.float32)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)  # of the unit vectors
-        near = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for row in range(WINDOW):
-            for column in tl.static_range(WINDOW):
-                cell = row * WINDOW + column
-                near_y, near_x, seen = neighbors(y, x, exists, row - WINDOW // 2, column - WINDOW // 2, height, width)
-                offsets = map_offset(near_y, near_x, key_y, key_x)
-                k = load_wide(key, first_key, offsets, key_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-                offsets = map_offset(near_y, near_x, value_y, value_x)
-                v = load_wide(value, first_value, offsets, value_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-                inverse_k = inverse_norm(k)
-                scores = tl.sum(embedded * k, 1) * inverse_k * scale + tl.load(local_bias + cell).to(tl.float32)  # [M]
-                probabilities = tl.exp2(tl.where(seen, scores * LOG2E - sums, float('-inf')))
-                dp = tl.sum(wide_do * v, 1)
-                ds = probabilities * (dp - deltas)
-                near += (ds * inverse_k)[:, None] * k
-                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
-                dq += dp[:, None] * token[None, :]
-                if d_parameters is not None:
-                    d_local_bias += tl.where(c == cell, tl.sum(ds, 0), 0.0)
-
-        dz += near
+        unit_q = q.to(tl.float32) * inverse_q[:, None]
         if d_parameters is not None:
-            d_temperature += length * tl.sum(embedded * dz, 1)
-        dz = dz * scale[:, None]
+            d_temperature += length * tl.sum((unit_q + embedding[None, :]) * dz, 1)
+        dz = dz * (heat * length)[:, None]
         if d_parameters is not None:
-            d_embedding += tl.sum(dz, 0)
-        own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
-        store_tokens(d_query, own, exists, of_unnormalised(dq + dz, unit, inverse_q), HEAD_DIM, BLOCK_D)
+            d_embedding += dz
+        # Of the unit vectors of queries.
+        dz = tl.dot(d_learnable.to(q.dtype), tokens.to(q.dtype), dz, input_precision=PRECISION)
+        own = vector(image, head, position, heads, height, width, HEAD_DIM)
+        store_tokens(d_query, own, exists, of_unnormalised(dz, unit_q, inverse_q), HEAD_DIM, BLOCK_D)
 
     if d_parameters is not None:
-        d_parameters += index.to(tl.int64) * (BLOCK_D + CELLS + 1)
-        tl.store(d_parameters + d, d_embedding)
-        tl.store(d_parameters + BLOCK_D + c, d_local_bias)
+        sums_of_head = head * (tl.num_programs(0) // heads) + index // heads
+        d_parameters += sums_of_head.to(tl.int64) * (BLOCK_D + CELLS + 1)
+        tl.store(d_parameters + d, tl.sum(d_embedding, 0))
+        tl.store(d_parameters + BLOCK_D + c, tl.sum(d_local_bias, 0))
         tl.store(d_parameters + BLOCK_D + CELLS, tl.sum(d_temperature, 0))
 
 
-@triton.jit(do_not_specialize=['height', 'width'])
+@triton.jit(do_not_specialize=['height', 'width', 'batch', 'parts'])
 def key_gradient(
     query,
     key,
@@ -673,73 +807,98 @@ def key_gradient(
     height,
     width,
     heads,
+    batch,
+    parts,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
     WINDOW: tl.constexpr,
+    CELLS: tl.constexpr,
     TILE_Y: tl.constexpr,
     TILE_X: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HALO_Y: tl.constexpr,
+    HALO_X: tl.constexpr,
+    NEAR: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Gradients of the keys and values of the map; one that is None is left out."""
+    """Gradients of the keys and values of the map; one that is None is left out.
+
+    A program has a tile of every `parts`-th image.
+    """
     index = tl.program_id(0)
     head = index % heads
-    image, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
-    first_query = image * query_b + head.to(tl.int64) * query_h
-    first_key = image * key_b + head.to(tl.int64) * key_h
-    first_value = image * value_b + head.to(tl.int64) * value_h
-    first_grad = image * grad_b + head.to(tl.int64) * grad_h
-    log_sum += plane(image, head, heads, height, width)
-    if delta is not None:
-        delta += plane(image, head, heads, height, width)
+    part, top, left = place(index // heads, height, width, TILE_Y, TILE_X)
     local_bias += head * WINDOW * WINDOW
-    learnable_bias += head * WINDOW * WINDOW
-    learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
     embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)  # [D]
     heat = tl.load(temperature + head).to(tl.float32)
-
-    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M], of keys
-    k = load_vectors(
-        key, first_key, map_offset(y, x, key_y, key_x), key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-    )  # [M, D]
-    unit_k = k.to(tl.float32)
-    inverse_k = inverse_norm(unit_k)
-    unit_k = unit_k * inverse_k[:, None]
-    if d_key is not None:
-        v = load_vectors(
-            value, first_value, map_offset(y, x, value_y, value_x), value_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
-        )  # [M, D]
-        v = v.to(tl.float32)
-    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for row in range(WINDOW):
-        for column in tl.static_range(WINDOW):
-            cell = row * WINDOW + column  # where the key lies in the query's window
-            near_y, near_x, seen = neighbors(y, x, exists, WINDOW // 2 - row, WINDOW // 2 - column, height, width)
-            offsets = map_offset(near_y, near_x, query_y, query_x)
-            q = load_wide(query, first_query, offsets, query_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            offsets = map_offset(near_y, near_x, grad_y, grad_x)
-            do = load_wide(grad, first_grad, offsets, grad_d, seen, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
-            position = near_y.to(tl.int64) * width + near_x
-            sums = tl.load(log_sum + position, mask=seen, other=0.0)
-            unit = q * inverse_norm(q)[:, None]
-            scale = heat * tl.load(lengths + near_y * width + near_x, mask=seen, other=0.0)  # [M]
-            embedded = (unit + embedding[None, :]) * scale[:, None]
-            scores = tl.sum(embedded * unit_k, 1) + tl.load(local_bias + cell).to(tl.float32)
-            probabilities = tl.exp2(tl.where(seen, scores * LOG2E - sums, float('-inf')))  # [M]
-            if d_value is not None:
-                token = load_parameter(learnable_tokens + cell, WINDOW * WINDOW, HEAD_DIM, BLOCK_D)
-                weights = tl.sum(unit * token[None, :], 1) + tl.load(learnable_bias + cell).to(tl.float32)
-                dv += (probabilities + weights)[:, None] * do
-            if d_key is not None:
-                deltas = tl.load(delta + position, mask=seen, other=0.0)
-                dk += (probabilities * (tl.sum(v * do, 1) - deltas))[:, None] * embedded
-    own = vector(image, head, y.to(tl.int64) * width + x, heads, height, width, HEAD_DIM)
-    if d_key is not None:
-        store_tokens(d_key, own, exists, of_unnormalised(dk, unit_k, inverse_k), HEAD_DIM, BLOCK_D)
     if d_value is not None:
-        store_tokens(d_value, own, exists, dv, HEAD_DIM, BLOCK_D)
+        learnable_tokens += head * HEAD_DIM * WINDOW * WINDOW
+        tokens = load_learnable(learnable_tokens, WINDOW, HEAD_DIM, CELLS, BLOCK_D)  # [CELLS, D]
+        token_bias = load_learnable_bias(learnable_bias + head * WINDOW * WINDOW, WINDOW, CELLS)  # [CELLS]
+    y, x, exists = pixels(top, left, height, width, TILE_Y, TILE_X, BLOCK_M)  # [M], of keys
+    position = y.to(tl.int64) * width + x
+    around = tl.arange(0, NEAR)
+    if WHOLE:
+        near_y, near_x, near = surroundings(0, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR)  # [N]
+        cell = windows(0, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+        cell = mirrored(cell, WINDOW)
+        biases = window_biases(local_bias, cell, exists[:, None] & near[None, :], WINDOW)
+
+    for n in range(part.to(tl.int32), batch, parts):
+        image = tl.cast(n, tl.int64)
+        first_query = image * query_b + head.to(tl.int64) * query_h
+        first_key = image * key_b + head.to(tl.int64) * key_h
+        first_value = image * value_b + head.to(tl.int64) * value_h
+        first_grad = image * grad_b + head.to(tl.int64) * grad_h
+        first_number = plane(image, head, heads, height, width)
+        k = load_vectors(
+            key, first_key, map_offset(y, x, key_y, key_x), key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+        )  # [M, D]
+        inverse_k = inverse_norm(k.to(tl.float32))
+        along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+        if d_key is not None:
+            offsets = map_offset(y, x, value_y, value_x)
+            v = load_vectors(value, first_value, offsets, value_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for first in range(0, HALO_Y * HALO_X, NEAR):
+            if not WHOLE:
+                near_y, near_x, near = surroundings(
+                    first, top, left, height, width, WINDOW, HALO_Y, HALO_X, NEAR
+                )  # [N]
+                cell = windows(first, WINDOW, CELLS, TILE_Y, TILE_X, BLOCK_M, HALO_X, NEAR)  # [M, N]
+                cell = mirrored(cell, WINDOW)
+                biases = window_biases(local_bias, cell, exists[:, None] & near[None, :], WINDOW)
+            near_offsets = map_offset(near_y, near_x, query_y, query_x)
+            q = load_vectors(
+                query, first_query, near_offsets, query_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
+            )  # [N, D]
+            near_offsets = map_offset(near_y, near_x, grad_y, grad_x)
+            do = load_vectors(grad, first_grad, near_offsets, grad_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
+            near_position = near_y.to(tl.int64) * width + near_x
+            sums = tl.load(log_sum + first_number + near_position, mask=near, other=0.0)
+            scale = heat * tl.load(lengths + near_y * width + near_x, mask=near, other=0.0)  # [N]
+            inverse_q = inverse_norm(q.to(tl.float32))
+            scores = scores_by_keys(q, k, inverse_q, inverse_k, along_k, scale * LOG2E, biases, PRECISION)  # [M, N]
+            probabilities = tl.exp2(scores - sums[None, :])
+            if d_value is not None:
+                learnable = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
+                weights = probabilities + taken(learnable + token_bias[None, :], around[None, :], cell)  # [M, N]
+                dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+            if d_key is not None:
+                deltas = tl.load(delta + first_number + near_position, mask=near, other=0.0)
+                ds = probabilities * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - deltas[None, :])
+                embedded = (q.to(tl.float32) * inverse_q[:, None] + embedding[None, :]) * scale[:, None]
+                dk = tl.dot(ds.to(q.dtype), embedded.to(q.dtype), dk, input_precision=PRECISION)
+        own = vector(image, head, position, heads, height, width, HEAD_DIM)
+        if d_key is not None:
+            unit_k = k.to(tl.float32) * inverse_k[:, None]
+            store_tokens(d_key, own, exists, of_unnormalised(dk, unit_k, inverse_k), HEAD_DIM, BLOCK_D)
+        if d_value is not None:
+            store_tokens(d_value, own, exists, dv, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=['height', 'width', 'pooled_height', 'pooled_width', 'table_y', 'table_x', 'parts'])
@@ -867,10 +1026,9 @@ def pooled_gradient(
         scale = heat * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
         places = places_of(row_places, y[None, :], i[:, None], height, pooled_height)
         places += places_of(column_places, x[None, :], j[:, None], width, pooled_width)
-        bias = tl.load(pooled_bias + places, mask=some[:, None], other=float('-inf')).to(tl.float32)  # [N, M]
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * inverse_q[None, :]
-        scores = (scores * inverse_k[:, None] + along_k[:, None]) * scale[None, :] + bias
-        probabilities = tl.exp2(scores * LOG2E - sums[None, :])
+        biases = tl.load(pooled_bias + places, mask=some[:, None], other=float('-inf')).to(tl.float32) * LOG2E  # [N, M]
+        scores = scores_by_keys(q, k, inverse_q, inverse_k, along_k, scale * LOG2E, biases, PRECISION)
+        probabilities = tl.exp2(scores - sums[None, :])
         if d_values is not None:
             dv = tl.dot(probabilities.to(do.dtype), do, dv, input_precision=PRECISION)
         if d_keys is not None:
@@ -1021,7 +1179,7 @@ def bias_gradient(
     pooled_bias += head.to(tl.int64) * table_y * table_x
     places = places_of(row_places, y[:, None], i[None, :], height, pooled_height)
     places += places_of(column_places, x[:, None], j[None, :], width, pooled_width)
-    bias = tl.load(pooled_bias + places, mask=some[None, :], other=float('-inf')).to(tl.float32) * LOG2E  # [M, N]
+    biases = pooled_biases(pooled_bias, places, some)  # [M, N]
     scale = tl.load(temperature + head).to(tl.float32) * LOG2E
     scale = scale * tl.load(lengths + y * width + x, mask=exists, other=0.0)  # [M]
     query_offsets, grad_offsets = map_offset(y, x, query_y, query_x), map_offset(y, x, grad_y, grad_x)
@@ -1047,8 +1205,8 @@ def bias_gradient(
         own = plane(image, head, heads, height, width) + position
         sums = tl.load(log_sum + own, mask=exists, other=0.0)
         deltas = tl.load(delta + own, mask=exists, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * inverse_norm(q.to(tl.float32))[:, None]
-        scores = (scores * inverse_k[None, :] + along_k[None, :]) * scale[:, None] + bias
+        inverse_q = inverse_norm(q.to(tl.float32))
+        scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, biases, PRECISION)
         probabilities = tl.exp2(scores - sums[:, None])
         total += probabilities * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - deltas[:, None])
     first = (head * parts + part).to(tl.int64) * (last_row - first_row) - first_row

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 CASES = [
     Case((5, 9), (3, 3), batch=2, heads=2, head_dim=24),  # tiles at both borders, pooled columns padded to four
-    Case((3, 17), (1, 33), head_dim=8),  # more pooled columns than a step has
+    Case((3, 17), (1, 70), head_dim=8),  # more pooled columns than a step has
     Case((4, 8), (11, 5), heads=2),  # one tile is the map; several steps of pooled rows
     Case((5, 6), (2, 2), 5, relative=False),
     Case((3, 4), (1, 2), 7, batch=2),  # a window greater than the map

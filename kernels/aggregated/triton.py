@@ -1,9 +1,9 @@
 """Aggregated attention as fused Triton kernels, forward and backward, for GPUs.
 
-One online softmax over the pooled keys, by products of matrices, and the cells of the window, by products of vectors,
-with the log-sum-exp of each query kept for the backward. No window is unfolded, nothing of the size of the scores is
-stored, and nothing is added atomically: two runs give the same bits. triton is imported when a kernel is first
-launched. README.md has the derivation.
+One online softmax over the pixels around a tile of queries, of which each sees its window, and the pooled keys, by
+products of matrices, with the log-sum-exp of each query kept for the backward. No window is unfolded, nothing of the
+size of the scores is stored, and nothing is added atomically: two runs give the same bits. triton is imported when a
+kernel is first launched. README.md has the derivation.
 """
 
 import math

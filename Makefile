@@ -40,10 +40,10 @@ lint: $(VENV)/.test
 	$(RUN) -m ruff format --check .
 
 test: lint
-	$(RUN) -m pytest -q -n 2 -m 'not slow and not gpu and not downstream'
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m 'not slow and not gpu and not downstream'
 
 test-all: lint
-	$(RUN) -m pytest -q -n 2 -m 'not gpu and not downstream'
+	$(RUN) -m pytest -q -n 2 --dist worksteal -m 'not gpu and not downstream'
 
 test-gpu: $(VENV)/.test
 	$(RUN) -m pytest -q -n 8 -m gpu

@@ -174,7 +174,15 @@ def test_an_interrupt_reaches_the_script(write, tmp_path):
     )
     ready = tmp_path / 'ready'
     command = [sys.executable, '-u', '-m', 'zoo', str(write(body)), str(ready)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # Tests that run in the background ignore interrupts, and so would the process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for _ in range(600):
         if ready.exists():
             break

@@ -88,6 +88,13 @@ def inverse_norm(x):
 
 
 @triton.jit
+def measures(k, embedding):
+    """Inverse norms of keys [N, D] of float32, and the products of their unit vectors with the embedding, both [N]."""
+    inverse = inverse_norm(k)
+    return inverse, tl.sum(k * embedding[None, :], 1) * inverse
+
+
+@triton.jit
 def of_unnormalised(gradient, unit, inverse):
     """Gradient of vectors from that of their unit vectors, all [M, D] of float32."""
     along = tl.sum(gradient * unit, 1)
@@ -211,6 +218,13 @@ def load_learnable_bias(bias, WINDOW: tl.constexpr, CELLS: tl.constexpr):
 
 
 @triton.jit
+def learnable_weights(q, inverse_q, tokens, token_bias, PRECISION: tl.constexpr):
+    """Weights [M, CELLS] that queries [M, D] as they are give to the cells of their windows beside the softmax."""
+    weights = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION)
+    return weights * inverse_q[:, None] + token_bias[None, :]
+
+
+@triton.jit
 def taken(x, row, column):
     """x[row, column], [M, N] for rows and columns that broadcast to it.
 
@@ -286,10 +300,10 @@ def measure(
         pooled_key, first_pooled_key, offsets, pooled_key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
     )  # [P, D]
     embedding = load_parameter(query_embedding + head * HEAD_DIM, 1, HEAD_DIM, BLOCK_D)
-    inverses = inverse_norm(k)
+    inverses, alongs = measures(k, embedding)
     own = plane(image, head, heads, pooled, 1) + p
     tl.store(inverse + own, inverses, mask=exists)
-    tl.store(along + own, tl.sum(k * embedding[None, :], 1) * inverses, mask=exists)
+    tl.store(along + own, alongs, mask=exists)
 
 
 @triton.jit(
@@ -405,8 +419,7 @@ def forward(
             query, first_query, map_offset(y, x, query_y, query_x), query_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
         )  # [M, D]
         inverse_q = inverse_norm(q.to(tl.float32))
-        learnable = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
-        learnable += token_bias[None, :]  # [M, CELLS]
+        learnable = learnable_weights(q, inverse_q, tokens, token_bias, PRECISION)  # [M, CELLS]
         learnt = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         accumulator = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         maximum = tl.full([BLOCK_M], float('-inf'), tl.float32)
@@ -422,8 +435,7 @@ def forward(
             k = load_vectors(key, first_key, offsets, key_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
             offsets = map_offset(near_y, near_x, value_y, value_x)
             v = load_vectors(value, first_value, offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
-            inverse_k = inverse_norm(k.to(tl.float32))
-            along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+            inverse_k, along_k = measures(k.to(tl.float32), embedding)
             scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, near_biases, PRECISION)  # [M, N]
             maximum, total, weights, correction = online_softmax_step(scores, maximum, total)
             accumulator = tl.dot(weights.to(v.dtype), v, accumulator * correction[:, None], input_precision=PRECISION)
@@ -542,8 +554,7 @@ def learnable_gradient(
         o = load_tokens(output, own, 1, exists, HEAD_DIM, BLOCK_D, UPCAST)  # [M, D]
         unit = q.to(tl.float32)
         inverse_q = inverse_norm(unit)
-        weights = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
-        weights += token_bias[None, :]  # [M, CELLS]
+        weights = learnable_weights(q, inverse_q, tokens, token_bias, PRECISION)  # [M, CELLS]
         deltas = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1) - tl.sum(dp * weights, 1)
         tl.store(delta + plane(image, head, heads, height, width) + position, deltas, mask=exists)
         if d_learnable is not None:
@@ -703,8 +714,7 @@ def query_gradient(
             k = load_vectors(key, first_key, offsets, key_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
             offsets = map_offset(near_y, near_x, value_y, value_x)
             v = load_vectors(value, first_value, offsets, value_d, near, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [N, D]
-            inverse_k = inverse_norm(k.to(tl.float32))
-            along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+            inverse_k, along_k = measures(k.to(tl.float32), embedding)
             scores = scores_of(q, k, inverse_q, inverse_k, along_k, scale, near_biases, PRECISION)  # [M, N]
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = tl.exp2(scores - sums[:, None]) * (dp - deltas[:, None])
@@ -857,8 +867,7 @@ def key_gradient(
         k = load_vectors(
             key, first_key, map_offset(y, x, key_y, key_x), key_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST
         )  # [M, D]
-        inverse_k = inverse_norm(k.to(tl.float32))
-        along_k = tl.sum(k.to(tl.float32) * embedding[None, :], 1) * inverse_k
+        inverse_k, along_k = measures(k.to(tl.float32), embedding)
         if d_key is not None:
             offsets = map_offset(y, x, value_y, value_x)
             v = load_vectors(value, first_value, offsets, value_d, exists, HEAD_DIM, BLOCK_D, ALIGN, UPCAST)  # [M, D]
@@ -885,8 +894,8 @@ def key_gradient(
             scores = scores_by_keys(q, k, inverse_q, inverse_k, along_k, scale * LOG2E, biases, PRECISION)  # [M, N]
             probabilities = tl.exp2(scores - sums[None, :])
             if d_value is not None:
-                learnable = tl.dot(q, tl.trans(tokens.to(q.dtype)), input_precision=PRECISION) * inverse_q[:, None]
-                weights = probabilities + taken(learnable + token_bias[None, :], around[None, :], cell)  # [M, N]
+                learnable = learnable_weights(q, inverse_q, tokens, token_bias, PRECISION)  # [N, CELLS]
+                weights = probabilities + taken(learnable, around[None, :], cell)  # [M, N]
                 dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
             if d_key is not None:
                 deltas = tl.load(delta + first_number + near_position, mask=near, other=0.0)
